@@ -1,0 +1,94 @@
+#include "engine.hpp"
+
+#include <unistd.h>
+
+#include <cstring>
+
+namespace moe_comm {
+
+std::vector<std::byte> serialise(const RemoteRegion& region) {
+  std::vector<uint64_t> words{region.base, region.num_bytes, region.key.value};
+  words.insert(words.end(), region.extra.begin(), region.extra.end());
+  std::vector<std::byte> bytes(words.size() * sizeof(uint64_t));
+  std::memcpy(bytes.data(), words.data(), bytes.size());
+  return bytes;
+}
+
+Result<RemoteRegion> parse_region(std::span<const std::byte> bytes) {
+  if (bytes.size() < 24 || bytes.size() % 8 != 0) {
+    return Status(Code::kInvalid, "region descriptor: expected 24 bytes or more, a multiple of 8, got " +
+                                      std::to_string(bytes.size()));
+  }
+  std::vector<uint64_t> words(bytes.size() / 8);
+  std::memcpy(words.data(), bytes.data(), bytes.size());
+  RemoteRegion region{words[0], words[1], {words[2]}, {}};
+  region.extra.assign(words.begin() + 3, words.end());
+  return region;
+}
+
+Result<std::unique_ptr<Engine>> Engine::open(const EngineOptions& options) {
+  Result<std::unique_ptr<Transport>> transport =
+      Status(Code::kInvalid, "transport: expected \"shm\" or \"fabric:<provider>\", got \"" + options.transport + '"');
+  if (options.transport == "shm") {
+    transport = open_shm(options.secret);
+  } else if (options.transport.starts_with("fabric:")) {
+    transport = open_fabric(options.secret, options.transport.substr(7), options.interface);
+  }
+  if (!transport.ok()) return transport.status();
+  auto engine = std::make_unique<Engine>();
+  ProxyOptions proxy_options;
+  proxy_options.shard_bytes = options.shard_bytes;
+  if (options.chaos_seed) transport = make_chaos(std::move(transport.value()), options.chaos_seed);
+  engine->proxy_ = std::make_unique<Proxy>(std::move(transport.value()), proxy_options);
+  return engine;
+}
+
+Result<uint64_t> Engine::register_memory(std::span<std::byte> bytes, MemoryKind kind) {
+  auto region = proxy_->register_memory(bytes, kind);
+  if (!region.ok()) return region.status();
+  std::lock_guard lock(mutex_);
+  regions_[next_region_] = std::make_shared<const MemoryRegion>(std::move(region.value()));
+  return next_region_++;
+}
+
+Status Engine::forget(uint64_t number) {
+  std::shared_ptr<const MemoryRegion> region;
+  {
+    std::lock_guard lock(mutex_);
+    auto found = regions_.find(number);
+    if (found == regions_.end()) return {Code::kInvalid, "region " + std::to_string(number) + " is not registered"};
+    region = std::move(found->second);
+    regions_.erase(found);
+  }
+  proxy_->run([&] { region.reset(); });  // transports are used by one thread
+  return {};
+}
+
+Result<std::shared_ptr<const MemoryRegion>> Engine::region(uint64_t number) const {
+  std::lock_guard lock(mutex_);
+  auto found = regions_.find(number);
+  if (found == regions_.end()) {
+    return Status(Code::kInvalid, "region " + std::to_string(number) + " is not registered");
+  }
+  return found->second;
+}
+
+Status Engine::wait_ready(uint32_t peer, double seconds) {
+  const auto start = Clock::now();
+  while (true) {
+    switch (proxy_->peer_state(peer)) {
+      case PeerState::kReady:
+        return {};
+      case PeerState::kLost:
+        return proxy_->peer_status(peer);
+      case PeerState::kConnecting:
+        break;
+    }
+    if (seconds_since(start) > seconds) {
+      return {Code::kPeerTimeout, "connect: no answer after " + std::to_string(seconds) + " s"};
+    }
+    usleep(500);
+  }
+}
+
+}  // namespace moe_comm

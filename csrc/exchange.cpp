@@ -1,0 +1,321 @@
+#include "exchange.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+
+namespace moe_comm {
+namespace {
+constexpr double kSlice = 0.05;     // seconds between looks at the peer waited for
+constexpr uint64_t kBeatAt = 64;    // offset of the own heartbeat word; the doorbell lies at 0
+}
+
+// --- construction --------------------------------------------------------------------------------
+
+Result<std::unique_ptr<Exchange>> Exchange::create(Engine& engine, GroupShape shape, WindowOffsets offsets,
+                                                   uint64_t first_epoch) {
+  std::unique_ptr<Exchange> self(new Exchange(engine, std::move(shape), offsets, first_epoch));
+  if (Status status = self->init(); !status.ok()) return status;
+  return self;
+}
+
+Exchange::Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint64_t first_epoch)
+    : engine_(engine),
+      shape_(std::move(shape)),
+      offsets_(offsets),
+      my_node_(shape_.node_of[shape_.rank]),
+      my_local_(shape_.local_of[shape_.rank]),
+      num_lanes_(shape_.hops_node ? shape_.node_ranks + shape_.num_nodes : shape_.num_ranks),
+      peers_(shape_.num_ranks),
+      links_(shape_.num_ranks),
+      first_epoch_(first_epoch),
+      next_epoch_(first_epoch) {
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    const uint32_t node_lane = is_local(r) ? shape_.local_of[r] : shape_.node_ranks + shape_.node_of[r];
+    lane_of_rank_.push_back(static_cast<int32_t>(shape_.hops_node ? node_lane : r));
+  }
+}
+
+Status Exchange::init() {
+  auto segment = SharedSegment::create("moe_comm:windows", offsets_.total);
+  if (!segment.ok()) return segment.status();
+  segment_ = std::move(segment.value());
+  base_ = segment_.data();
+  auto region = engine_.proxy().register_memory(segment_.bytes(), MemoryKind::kHost);
+  if (!region.ok()) return region.status();
+  region_ = std::move(region.value());
+  // Every word starts as if the two epochs before the first had been released, and no epoch had come.
+  for (uint64_t e = first_epoch_; e < first_epoch_ + kNumBanks; ++e) {
+    const uint64_t before = e - kNumBanks;
+    for (uint32_t i = 0; i < shape_.num_ranks + shape_.num_nodes; ++i) commit_word(base_, e, i) = before;
+    for (uint32_t r = 0; r < shape_.num_ranks; ++r) release_word(base_, e, r) = before;
+  }
+  forwarded_until_ = first_epoch_ - 1;
+  peers_[shape_.rank].base = base_;
+  return {};
+}
+
+std::vector<std::byte> Exchange::region() const { return serialise(moe_comm::describe(region_)); }
+
+Result<Exchange::Rows> Exchange::open_rows(uint32_t rank) {
+  const std::string who = "rank " + std::to_string(rank);
+  const uint32_t index = shape_.hops_node ? shape_.num_ranks + shape_.node_of[rank] : rank;
+  RowTarget window{{&commit_word(base_, 0, index), &commit_word(base_, 1, index)}, &bell(base_), "rows of " + who};
+  RowTarget release{{&release_word(base_, 0, rank), &release_word(base_, 1, rank)}, &bell(base_), "releases of " + who};
+  auto window_row = engine_.proxy().open_row(std::move(window), first_epoch_);
+  if (!window_row.ok()) return window_row.status();
+  auto release_row = engine_.proxy().open_row(std::move(release), first_epoch_);
+  if (!release_row.ok()) return release_row.status();
+  links_[rank].rows = {window_row.value(), release_row.value()};
+  links_[rank].rows_open = true;
+  return links_[rank].rows;
+}
+
+Status Exchange::map_peer(uint32_t rank, const SegmentName& name) {
+  auto segment = SharedSegment::open(name);
+  if (!segment.ok()) return segment.status().with_prefix("windows of rank " + std::to_string(rank) + ": ");
+  auto process = ProcessWatch::open(name.pid);
+  if (!process.ok()) return process.status();
+  peers_[rank].segment = std::move(segment.value());
+  peers_[rank].base = peers_[rank].segment.data();
+  peers_[rank].process = std::move(process.value());
+  return {};
+}
+
+Status Exchange::link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegion& region, Rows rows) {
+  Link& link = links_[rank];
+  link.engine_peer = engine_peer;
+  if (shape_.hops_node) {
+    // offsets_.links is laid out by node with the owner's own node left out; likewise the send regions
+    link.window_offset = offsets_.links + 2 * offsets_.stride * link_index(my_node_, shape_.node_of[rank]);
+    link.send_offset = offsets_.sends + 2 * offsets_.stride * link_index(shape_.node_of[rank], my_node_);
+  } else {
+    uint32_t index = 0;
+    for (uint32_t r = 0; r < rank; ++r) index += is_local(r) ? 0 : 1;
+    link.window_offset = offsets_.slots + 2 * offsets_.stride * shape_.rank;
+    link.send_offset = offsets_.sends + 2 * offsets_.stride * index;
+  }
+  Channel window{engine_peer, &region_, region, rows.window,
+                 {&sent_word(0, rank), &sent_word(1, rank)}, &bell(base_)};
+  Channel release{engine_peer, &region_, region, rows.release, {nullptr, nullptr}, nullptr};
+  auto window_channel = engine_.proxy().open_channel(std::move(window));
+  if (!window_channel.ok()) return window_channel.status();
+  auto release_channel = engine_.proxy().open_channel(std::move(release));
+  if (!release_channel.ok()) return release_channel.status();
+  link.window_channel = window_channel.value();
+  link.release_channel = release_channel.value();
+  link.present = true;
+  return {};
+}
+
+void Exchange::start() {
+  Heartbeat heartbeat;
+  heartbeat.word = &beat_word(base_);
+  heartbeat.local_offset = kBeatAt;
+  heartbeat.remote_offset = offsets_.beats + 16ull * shape_.rank;
+  for (const Link& link : links_) {
+    if (link.present) heartbeat.channels.push_back(link.window_channel);
+  }
+  heartbeat_ = engine_.proxy().add_heartbeat(std::move(heartbeat));
+  started_ = true;
+  if (shape_.hops_node && shape_.num_nodes > 1) forwarder_ = std::thread([this] { forwarder(); });
+}
+
+Exchange::~Exchange() {
+  (void)close(0);
+  for (const Link& link : links_) {
+    if (link.present) {
+      engine_.proxy().close_channel(link.window_channel);
+      engine_.proxy().close_channel(link.release_channel);
+    }
+    if (link.rows_open) {
+      engine_.proxy().close_row(link.rows.window);
+      engine_.proxy().close_row(link.rows.release);
+    }
+  }
+  engine_.proxy().run([this] { region_ = MemoryRegion{}; });
+}
+
+Status Exchange::close(double seconds) {
+  if (closed_.exchange(true)) return {};
+  Status drained;
+  if (started_ && !fault_.raised()) {  // rows and releases that peers still need have left before we say goodbye
+    const auto start = Clock::now();
+    for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+      for (uint64_t bank = 0; links_[r].present && bank < kNumBanks; ++bank) {
+        Backoff backoff;
+        while (word_at(sent_word(bank, r)).load(std::memory_order_acquire) < links_[r].pushed[bank] &&
+               engine_.proxy().peer_state(links_[r].engine_peer) == PeerState::kReady) {
+          if (seconds_since(start) > seconds) {
+            drained = {Code::kPeerTimeout, "close: rows to rank " + std::to_string(r) + " were still in flight after " +
+                                               std::to_string(seconds) + " s"};
+            break;
+          }
+          backoff.step();
+        }
+      }
+    }
+  }
+  if (started_) {
+    word_at(beat_word(base_)).fetch_or(fault_.raised() ? kFailed : kClosed, std::memory_order_release);
+    engine_.proxy().beat_now();
+    for (const Peer& peer : peers_) {
+      if (peer.base) ring(bell(peer.base));
+    }
+    engine_.proxy().remove_heartbeat(heartbeat_);
+  }
+  {
+    std::lock_guard lock(work_mutex_);
+    stop_ = true;
+  }
+  work_changed_.notify_all();
+  ring(bell(base_));
+  if (forwarder_.joinable()) forwarder_.join();
+  return drained;
+}
+
+void Exchange::fail(const Status& status) {
+  fault_.raise(status);
+  if (!started_) return;
+  word_at(beat_word(base_)).fetch_or(kFailed, std::memory_order_release);
+  engine_.proxy().beat_now();
+  for (const Peer& peer : peers_) {
+    if (peer.base) ring(bell(peer.base));
+  }
+}
+
+// --- places --------------------------------------------------------------------------------------
+
+std::byte* Exchange::slot(std::byte* base, uint32_t index, uint64_t epoch) const {
+  return base + offsets_.slots + offsets_.stride * (2ull * index + epoch % kNumBanks);
+}
+
+std::byte* Exchange::link_window(uint32_t node, uint64_t epoch) const {
+  return base_ + offsets_.links + offsets_.stride * (2ull * link_index(node, my_node_) + epoch % kNumBanks);
+}
+
+std::byte* Exchange::send_region(const Link& link, uint64_t epoch) const {
+  return base_ + link.send_offset + offsets_.stride * (epoch % kNumBanks);
+}
+
+uint32_t Exchange::rail_peer(uint32_t node) const { return shape_.rank_of[node * shape_.node_ranks + my_local_]; }
+
+Counter& Exchange::commit_word(std::byte* base, uint64_t epoch, uint32_t index) const {
+  const uint64_t per_bank = shape_.num_ranks + shape_.num_nodes;
+  return reinterpret_cast<Counter*>(base + offsets_.commits)[epoch % kNumBanks * per_bank + index];
+}
+
+Counter& Exchange::release_word(std::byte* base, uint64_t epoch, uint32_t rank) const {
+  return reinterpret_cast<Counter*>(base + offsets_.releases)[epoch % kNumBanks * shape_.num_ranks + rank];
+}
+
+Counter& Exchange::sent_word(uint64_t epoch, uint32_t rank) {
+  return reinterpret_cast<Counter*>(base_ + offsets_.sents)[epoch % kNumBanks * shape_.num_ranks + rank];
+}
+
+Counter& Exchange::beat_word(std::byte* base) const { return *reinterpret_cast<Counter*>(base + kBeatAt); }
+
+Doorbell& Exchange::bell(std::byte* base) const { return *reinterpret_cast<Doorbell*>(base); }
+
+uint32_t Exchange::num_local_experts(const Call& call) const {
+  return (call.num_experts + shape_.num_ranks - 1) / shape_.num_ranks;
+}
+
+// Counts behind the header: uint32 [L] in a slot, uint32 [G, 1 + L] in a link window; none without fresh routing.
+size_t Exchange::counts_bytes(const Call& call, bool link) const {
+  if (call.kind != kDispatch || call.cached) return 0;
+  const size_t L = num_local_experts(call);
+  const size_t words = link && shape_.hops_node ? shape_.node_ranks * (1 + L) : L;
+  return (words * sizeof(uint32_t) + kRowAlignment - 1) / kRowAlignment * kRowAlignment;
+}
+
+// The rows of a table, sorted by source token, that belong to one round.
+std::pair<uint32_t, uint32_t> Exchange::range_of_round(const Call& call, uint32_t round, const int32_t* tokens,
+                                                       uint32_t num_tokens) {
+  const int64_t first = static_cast<int64_t>(round) * call.capacity;
+  auto index_of = [&](int64_t token) {
+    return static_cast<uint32_t>(std::lower_bound(tokens, tokens + num_tokens, token) - tokens);
+  };
+  return {index_of(first), index_of(first + call.capacity)};
+}
+
+// --- waits ---------------------------------------------------------------------------------------
+
+Status Exchange::wait(Counter& word, uint64_t target, const Waited& waited) {
+  auto there = [&] { return word_at(word).load(std::memory_order_acquire) >= target; };  // H6, H7
+  if (there()) return {};
+  Backoff backoff(64, 64);
+  while (!backoff.should_sleep()) {
+    backoff.step();
+    if (there()) return {};
+  }
+  const auto start = Clock::now();
+  Seen seen;
+  seen.at = start;
+  while (true) {
+    sleep_on(bell(base_), kSlice, there);
+    if (there()) return {};
+    if (Status status = look_at_peer(waited, seen, start); !status.ok()) {
+      if (there()) return {};  // it came while we looked
+      return status;
+    }
+  }
+}
+
+Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start) {
+  const uint32_t rank = waited.rank;
+  const double waited_s = seconds_since(start);
+  if (closed_.load()) return {Code::kClosed, "the Buffer was closed by another thread"};
+  if (fault_.raised()) return fault_.status();
+  if (Status status = engine_.proxy().fault(); !status.ok()) return status;
+  const Peer& peer = peers_[rank];
+  std::string who = "rank " + std::to_string(rank) + " (node " + std::to_string(shape_.node_of[rank]) + ")";
+  uint64_t beat = 0;
+  if (peer.base) {
+    if (rank != shape_.rank && peer.process.ended()) {
+      return {Code::kPeerLost, describe(waited, waited_s) + ": the process of " + who + " ended"};
+    }
+    beat = word_at(beat_word(peer.base)).load(std::memory_order_acquire);
+  } else if (links_[rank].present) {
+    if (engine_.proxy().peer_state(links_[rank].engine_peer) == PeerState::kLost) {
+      return {Code::kPeerLost, describe(waited, waited_s) + ": the connection to " + who +
+                                   " ended: " + engine_.proxy().peer_status(links_[rank].engine_peer).text()};
+    }
+    beat = word_at(*reinterpret_cast<Counter*>(base_ + offsets_.beats + 16ull * rank)).load(std::memory_order_acquire);
+  }
+  // A rank that left may still have sent what we wait for: give its last writes a moment to land.
+  const double grace_s = peer.base ? 0 : 1.0;
+  const uint64_t state = beat & 15u;
+  if (beat != seen.beat) {
+    seen.beat = beat;
+    seen.at = Clock::now();
+  }
+  if (state != kAlive && rank != shape_.rank && seconds_since(seen.at) >= grace_s) {
+    return {Code::kPeerLost, describe(waited, waited_s) + ": " + who +
+                                 (state & kFailed ? " gave up after a fault of its own" : " closed its Buffer")};
+  }
+  const Timeouts& limits = waited.call->timeouts;
+  if (seconds_since(seen.at) > limits.silent_s + waited.extra_s) {
+    return {Code::kPeerLost, describe(waited, waited_s) + ": its heartbeat stopped"};
+  }
+  if (waited_s > limits.late_s + waited.extra_s) return {Code::kPeerTimeout, describe(waited, waited_s)};
+  return {};
+}
+
+std::string Exchange::describe(const Waited& waited, double seconds) const {
+  uint32_t complete = 0, others = 0;
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    if (r == shape_.rank || r == waited.rank) continue;
+    ++others;
+    complete += word_at(commit_word(base_, waited.epoch, r)).load(std::memory_order_acquire) >= waited.epoch ? 1 : 0;
+  }
+  char text[240];
+  std::snprintf(text, sizeof text,
+                "%s epoch %llu, rank %u waited %.1f s for rank %u (node %u): %s not seen; %u of %u other sources complete",
+                waited.call->kind == kDispatch ? "dispatch" : "combine", static_cast<unsigned long long>(waited.epoch),
+                shape_.rank, seconds, waited.rank, shape_.node_of[waited.rank], waited.what, complete, others);
+  return text;
+}
+
+}  // namespace moe_comm

@@ -1,0 +1,507 @@
+#include "proxy.hpp"
+
+#include <poll.h>
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+namespace moe_comm {
+namespace {
+constexpr int kCommandsPerTurn = 64;
+constexpr double kIdleSleep = 0.1;      // seconds; bounds how long a heartbeat can be late
+constexpr double kNapSleep = 0.001;     // where a transport has no wait fd
+constexpr double kDrainTimeout = 5.0;   // seconds stop() waits for writes in flight
+}  // namespace
+
+// --- Operation -----------------------------------------------------------------------------------
+
+void Operation::finish_one(const Status& status) {
+  std::lock_guard lock(mutex_);
+  if (!status.ok() && status_.ok()) status_ = status;
+  if (--remaining_ == 0) changed_.notify_all();
+}
+
+bool Operation::done() const {
+  std::lock_guard lock(mutex_);
+  return remaining_ == 0;
+}
+
+Status Operation::status() const {
+  std::lock_guard lock(mutex_);
+  return status_;
+}
+
+bool Operation::wait(double seconds) {
+  std::unique_lock lock(mutex_);
+  return changed_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return remaining_ == 0; });
+}
+
+// --- from any thread -----------------------------------------------------------------------------
+
+Proxy::Proxy(std::unique_ptr<Transport> transport, const ProxyOptions& options)
+    : transport_(std::move(transport)), options_(options), event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+  in_flight_.resize(transport_->info().capabilities.queue_depth);
+  for (uint32_t i = 0; i < in_flight_.size(); ++i) free_slots_.push_back(i);
+  thread_ = std::thread([this] { body(); });
+}
+
+Proxy::~Proxy() { stop(); }
+
+void Proxy::stop() {
+  stop_.store(true, std::memory_order_release);
+  wake();
+  if (thread_.joinable()) thread_.join();
+}
+
+Status Proxy::push(const Transfer& transfer, double seconds) {
+  const uint64_t ticket = producer_.reserve();
+  const auto start = Clock::now();
+  for (Backoff backoff; producer_.full(ticket); backoff.step()) {
+    wake();
+    if (seconds_since(start) > seconds) {
+      Status status(Code::kTransport, "the command ring stayed full for " + std::to_string(seconds) + " s");
+      fault_.raise(status);  // the reserved slot is lost: nothing may follow it
+      return status;
+    }
+  }
+  producer_.publish(ticket, transfer);
+  wake();
+  return {};
+}
+
+void Proxy::wake() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with the fence in sleep()
+  if (!sleeping_.load(std::memory_order_relaxed)) return;
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t ignored = ::write(event_.get(), &one, sizeof one);
+}
+
+void Proxy::run(std::function<void()> function) {
+  std::promise<void> promise;
+  auto done = promise.get_future();
+  {
+    std::lock_guard lock(functions_mutex_);
+    if (ended_.load()) return;  // nothing left to act on
+    functions_.push_back([&] {
+      function();
+      promise.set_value();
+    });
+    has_functions_.store(true, std::memory_order_release);
+  }
+  wake();
+  done.wait();
+}
+
+Result<MemoryRegion> Proxy::register_memory(std::span<std::byte> bytes, MemoryKind kind) {
+  Result<MemoryRegion> result = Status(Code::kClosed, "register_memory: the engine is closed");
+  run([&] { result = transport_->register_memory(bytes, kind); });
+  return result;
+}
+
+Result<uint32_t> Proxy::connect(const Address& address) {
+  Result<uint32_t> result = Status(Code::kClosed, "connect: the engine is closed");
+  run([&] {
+    auto id = transport_->connect(address);
+    if (!id.ok()) {
+      result = id.status();
+      return;
+    }
+    std::lock_guard lock(peers_mutex_);
+    const auto peer = static_cast<uint32_t>(peers_.size());
+    peers_.emplace_back().id = id.value();
+    peer_of_id_[static_cast<uint32_t>(id.value())] = peer;
+    result = peer;
+  });
+  return result;
+}
+
+void Proxy::disconnect(uint32_t peer) {
+  run([&] {
+    if (peer >= peers_.size()) return;
+    transport_->disconnect(peers_[peer].id);
+    lose(peer, {Code::kClosed, "disconnected by this rank"});
+  });
+}
+
+PeerState Proxy::peer_state(uint32_t peer) const {
+  std::lock_guard lock(peers_mutex_);
+  if (peer >= peers_.size()) return PeerState::kLost;
+  return peers_[peer].state.load(std::memory_order_acquire);
+}
+
+Status Proxy::peer_status(uint32_t peer) const {
+  std::lock_guard lock(peers_mutex_);
+  if (peer >= peers_.size()) return {Code::kInvalid, "no such peer"};
+  return peers_[peer].lost.raised() ? peers_[peer].lost.status() : Status();
+}
+
+Result<uint32_t> Proxy::open_channel(Channel channel) {
+  Result<uint32_t> result = Status(Code::kClosed, "open_channel: the engine is closed");
+  run([&] {
+    if (channels_.size() >= kMaxChannels) {
+      result = Status(Code::kTransport, "no channels left: restart the engine");
+      return;
+    }
+    channels_.emplace_back().channel = std::move(channel);
+    channels_.back().open = true;
+    result = static_cast<uint32_t>(channels_.size() - 1);
+  });
+  return result;
+}
+
+void Proxy::close_channel(uint32_t channel) {
+  run([&] {
+    channels_[channel].open = false;
+    for (Peer& peer : peers_) {
+      std::erase_if(peer.pending, [&](const Write& w) { return w.channel == channel; });
+    }
+  });
+}
+
+Result<uint32_t> Proxy::open_row(RowTarget target, uint64_t first_epoch) {
+  Result<uint32_t> result = Status(Code::kClosed, "open_row: the engine is closed");
+  run([&] { result = rows_.open(std::move(target), first_epoch); });
+  return result;
+}
+
+void Proxy::close_row(uint32_t row) {
+  run([&] { rows_.close(row); });
+}
+
+uint64_t Proxy::add_heartbeat(Heartbeat heartbeat) {
+  uint64_t id = 0;
+  run([&] {
+    id = next_heartbeat_++;
+    heartbeats_.push_back({id, std::move(heartbeat)});
+  });
+  return id;
+}
+
+void Proxy::remove_heartbeat(uint64_t id) {
+  run([&] { std::erase_if(heartbeats_, [&](const Beat& b) { return b.id == id; }); });
+}
+
+void Proxy::beat_now() {
+  run([&] {
+    write_beats();
+    post_pending();
+  });
+}
+
+std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes, std::shared_ptr<void> keep) {
+  std::vector<Write> parts;
+  for (const UserWrite& w : writes) {
+    const uint64_t limit = std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, 1);
+    uint64_t offset = 0;
+    do {
+      Write part;
+      part.peer = w.peer;
+      part.local = w.local;
+      part.remote = w.remote;
+      part.num_bytes = std::min(limit, w.num_bytes - offset);
+      part.local_offset = w.local_offset + offset;
+      part.remote_offset = w.remote_offset + offset;
+      offset += part.num_bytes;
+      // One immediate for each write request that the caller made; a cut one is rare (> 1 GiB) and ordered below.
+      part.has_immediate = w.has_immediate && offset == w.num_bytes;
+      part.immediate = Immediate::user(w.immediate);
+      parts.push_back(std::move(part));
+    } while (offset < w.num_bytes);
+  }
+  auto operation = std::make_shared<Operation>(static_cast<uint32_t>(parts.size()), std::move(keep));
+  bool accepted = false;
+  run([&] {
+    accepted = true;
+    for (Write& part : parts) {
+      part.operation = operation;
+      enqueue(std::move(part));
+    }
+    post_pending();
+  });
+  if (!accepted) {
+    for (size_t i = 0; i < parts.size(); ++i) operation->finish_one({Code::kClosed, "write: the engine is closed"});
+  }
+  return operation;
+}
+
+bool Proxy::take_immediates(uint32_t value, uint64_t count, double seconds) {
+  std::unique_lock lock(user_mutex_);
+  const bool there = user_changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                                            [&] { return user_counts_[value] >= count; });
+  if (there) user_counts_[value] -= count;
+  return there;
+}
+
+uint64_t Proxy::count_immediates(uint32_t value) const {
+  std::lock_guard lock(user_mutex_);
+  auto found = user_counts_.find(value);
+  return found == user_counts_.end() ? 0 : found->second;
+}
+
+uint64_t Proxy::dropped_immediates() {
+  uint64_t dropped = 0;
+  run([&] { dropped = rows_.dropped(); });
+  return dropped;
+}
+
+// --- the thread ----------------------------------------------------------------------------------
+
+void Proxy::body() noexcept {
+  pthread_setname_np(pthread_self(), "moe_comm:proxy");
+  Backoff backoff;
+  Clock::time_point stopping{};
+  while (true) {
+    bool progress = take_commands();
+    progress |= run_functions();
+    progress |= post_pending();
+    progress |= poll_transport(false);
+    beat();
+    stats_.loops.fetch_add(1, std::memory_order_relaxed);
+    if (stop_.load(std::memory_order_acquire)) {
+      if (stopping == Clock::time_point{}) stopping = Clock::now();
+      const bool drained = free_slots_.size() == in_flight_.size() && with_pending_.empty();
+      if ((drained && !progress) || seconds_since(stopping) > kDrainTimeout) break;
+    }
+    if (progress) {
+      backoff.reset();
+    } else if (backoff.should_sleep()) {
+      sleep();
+    } else {
+      backoff.step();
+    }
+  }
+  std::lock_guard lock(functions_mutex_);
+  ended_.store(true);
+  for (auto& function : functions_) function();  // nobody is left waiting
+  functions_.clear();
+}
+
+bool Proxy::take_commands() {
+  for (int n = 0; n < kCommandsPerTurn; ++n) {
+    auto transfer = consumer_.take();  // H2
+    if (!transfer) return n > 0;
+    stats_.commands.fetch_add(1, std::memory_order_relaxed);
+    begin_transfer(*transfer);
+  }
+  return true;
+}
+
+bool Proxy::run_functions() {
+  if (!has_functions_.load(std::memory_order_acquire)) return false;
+  std::vector<std::function<void()>> functions;
+  {
+    std::lock_guard lock(functions_mutex_);
+    functions.swap(functions_);
+    has_functions_.store(false, std::memory_order_relaxed);
+  }
+  for (auto& function : functions) function();
+  return !functions.empty();
+}
+
+uint64_t Proxy::shard_bytes(uint64_t num_bytes) const {
+  uint64_t limit = std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, kRowAlignment);
+  if (options_.shard_bytes) limit = std::min(limit, options_.shard_bytes);
+  const uint64_t least = (num_bytes + kMaxWritesPerMessage - 1) / kMaxWritesPerMessage;
+  return std::max<uint64_t>(limit, (least + kRowAlignment - 1) / kRowAlignment * kRowAlignment);
+}
+
+// One message: one write, or several; each carries the immediate, and the receiver counts them (H3).
+void Proxy::begin_transfer(const Transfer& transfer) {
+  if (transfer.channel >= channels_.size() || !channels_[transfer.channel].open) return;  // closed meanwhile
+  ChannelState& state = channels_[transfer.channel];
+  const uint32_t bank = transfer.epoch % kNumBanks;
+  const uint64_t shard = shard_bytes(transfer.num_bytes);
+  const auto num_writes = static_cast<uint32_t>(std::max<uint64_t>(1, (transfer.num_bytes + shard - 1) / shard));
+  state.unsent[bank] += num_writes;
+  for (uint32_t i = 0; i < num_writes; ++i) {
+    Write write;
+    write.peer = state.channel.peer;
+    write.channel = transfer.channel;
+    write.bank = bank;
+    write.local = state.channel.local;
+    write.remote = &state.channel.remote;
+    write.local_offset = transfer.local_offset + i * shard;
+    write.remote_offset = transfer.remote_offset + i * shard;
+    write.num_bytes = std::min(shard, transfer.num_bytes - i * shard);
+    write.has_immediate = true;
+    write.immediate = Immediate::protocol(state.channel.immediate_row, transfer.epoch, num_writes);
+    enqueue(std::move(write));
+  }
+}
+
+void Proxy::enqueue(Write write) {
+  if (write.peer >= peers_.size()) {
+    finish(write, {Code::kInvalid, "write to peer " + std::to_string(write.peer) + ": no such peer"});
+    return;
+  }
+  Peer& peer = peers_[write.peer];
+  if (peer.state.load(std::memory_order_relaxed) == PeerState::kLost) {
+    finish(write, peer.lost.status());
+    return;
+  }
+  const uint32_t index = write.peer;
+  peer.pending.push_back(std::move(write));
+  if (!peer.queued) {
+    peer.queued = true;
+    with_pending_.push_back(index);
+  }
+}
+
+bool Proxy::post_pending() {
+  bool progress = false;
+  for (size_t i = 0; i < with_pending_.size();) {
+    const uint32_t index = with_pending_[i];
+    Peer& peer = peers_[index];
+    while (peer.state.load(std::memory_order_relaxed) == PeerState::kReady && !peer.pending.empty() &&
+           !free_slots_.empty()) {
+      Write& write = peer.pending.front();
+      const uint32_t slot = free_slots_.back();
+      WriteRequest request;
+      request.peer = peer.id;
+      request.local = write.local;
+      request.local_offset = write.local_offset;
+      request.num_bytes = write.num_bytes;
+      request.remote = write.remote;
+      request.remote_offset = write.remote_offset;
+      request.has_immediate = write.has_immediate;
+      request.immediate = write.immediate;
+      request.id = {slot};
+      Status status = transport_->post_write(request);
+      if (status.code() == Code::kAgain) break;
+      Write posted = std::move(write);
+      peer.pending.pop_front();
+      progress = true;
+      if (status.ok()) {
+        stats_.writes.fetch_add(1, std::memory_order_relaxed);
+        stats_.bytes.fetch_add(posted.num_bytes, std::memory_order_relaxed);
+        free_slots_.pop_back();
+        in_flight_[slot] = std::move(posted);
+      } else {
+        const bool of_peer = status.code() != Code::kInvalid && !posted.operation;
+        finish(posted, status);
+        if (of_peer || status.code() == Code::kPeerLost) lose(index, status);
+      }
+    }
+    if (peer.pending.empty()) {
+      peer.queued = false;
+      with_pending_[i] = with_pending_.back();
+      with_pending_.pop_back();
+    } else {
+      ++i;
+    }
+  }
+  return progress;
+}
+
+bool Proxy::poll_transport(bool arm) {
+  Completion completions[64];
+  const size_t n = transport_->poll(completions, arm);
+  for (size_t i = 0; i < n; ++i) {
+    Completion& c = completions[i];
+    switch (c.kind) {
+      case Completion::Kind::kWriteDone: {
+        const auto slot = static_cast<uint32_t>(c.id.value);
+        Write write = std::move(in_flight_[slot]);
+        in_flight_[slot] = Write{};
+        free_slots_.push_back(slot);
+        finish(write, c.status);
+        if (!c.status.ok() && !write.operation) lose(write.peer, c.status);
+        break;
+      }
+      case Completion::Kind::kImmediate:
+        stats_.immediates.fetch_add(1, std::memory_order_relaxed);
+        if (c.immediate.is_user()) {
+          std::lock_guard lock(user_mutex_);
+          ++user_counts_[c.immediate.user_value()];
+          user_changed_.notify_all();
+        } else if (Status status = rows_.count(c.immediate); !status.ok()) {  // H5
+          fault_.raise(status);
+        }
+        break;
+      case Completion::Kind::kPeerReady:
+        peers_[peer_of_id_[static_cast<uint32_t>(c.peer)]].state.store(PeerState::kReady,
+                                                                       std::memory_order_release);
+        break;
+      case Completion::Kind::kPeerRefused:
+      case Completion::Kind::kPeerLost:
+        lose(peer_of_id_[static_cast<uint32_t>(c.peer)], c.status);
+        break;
+    }
+  }
+  return n > 0;
+}
+
+void Proxy::finish(Write& write, const Status& status) {
+  if (write.operation) {
+    write.operation->finish_one(status);
+    return;
+  }
+  if (write.channel == kNoChannel) return;  // a heartbeat
+  ChannelState& state = channels_[write.channel];
+  if (--state.unsent[write.bank] > 0 || !state.open) return;
+  ++state.completed[write.bank];
+  if (Counter* word = state.channel.sent[write.bank]) {
+    word_at(*word).store(state.completed[write.bank], std::memory_order_release);
+    if (state.channel.bell) ring(*state.channel.bell);
+  }
+}
+
+void Proxy::lose(uint32_t index, Status status) {
+  Peer& peer = peers_[index];
+  peer.lost.raise(status.ok() ? Status(Code::kPeerLost, "connection lost") : std::move(status));
+  peer.state.store(PeerState::kLost, std::memory_order_release);
+  std::deque<Write> pending;
+  pending.swap(peer.pending);
+  const Status why = peer.lost.status();
+  for (Write& write : pending) finish(write, why);
+}
+
+// --- heartbeats and sleep ------------------------------------------------------------------------
+
+void Proxy::beat() {
+  if (heartbeats_.empty() || seconds_since(last_beat_) < options_.heartbeat_s) return;
+  last_beat_ = Clock::now();
+  for (Beat& beat : heartbeats_) word_at(*beat.heartbeat.word).fetch_add(16, std::memory_order_release);
+  if (seconds_since(last_beat_write_) >= options_.beat_write_s) write_beats();
+}
+
+void Proxy::write_beats() {
+  last_beat_write_ = Clock::now();
+  for (Beat& beat : heartbeats_) {
+    for (const uint32_t channel : beat.heartbeat.channels) {
+      const Channel& to = channels_[channel].channel;
+      if (peers_[to.peer].state.load(std::memory_order_relaxed) != PeerState::kReady) continue;
+      if (peers_[to.peer].pending.size() > 8) continue;  // a stalled peer needs no more of these
+      Write write;
+      write.peer = to.peer;
+      write.local = to.local;
+      write.local_offset = beat.heartbeat.local_offset;
+      write.num_bytes = 16;
+      write.remote = &to.remote;
+      write.remote_offset = beat.heartbeat.remote_offset;
+      enqueue(std::move(write));
+    }
+  }
+}
+
+void Proxy::sleep() {
+  sleeping_.store(true, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with the fence in wake()
+  const bool work = !consumer_.empty() || has_functions_.load(std::memory_order_acquire) ||
+                    stop_.load(std::memory_order_acquire) || poll_transport(true);
+  if (!work) {
+    const int wait_fd = transport_->info().wait_fd;
+    pollfd fds[2] = {{event_.get(), POLLIN, 0}, {wait_fd, POLLIN, 0}};
+    const bool nap = wait_fd < 0 && !peers_.empty();
+    const timespec limit{0, static_cast<long>((nap ? kNapSleep : std::min(kIdleSleep, options_.heartbeat_s * 2)) * 1e9)};
+    stats_.sleeps.fetch_add(1, std::memory_order_relaxed);
+    ppoll(fds, wait_fd >= 0 ? 2 : 1, &limit, nullptr);
+  }
+  sleeping_.store(false, std::memory_order_relaxed);
+  uint64_t drained;
+  [[maybe_unused]] const ssize_t ignored = ::read(event_.get(), &drained, sizeof drained);
+}
+
+}  // namespace moe_comm

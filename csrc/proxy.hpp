@@ -1,0 +1,202 @@
+// The proxy: one host thread that drives the transports of a rank. ring -> post -> poll -> counters.
+//
+// Others reach it in three ways: the command ring (transfers wanted by kernels; no lock, H2), submit() (user writes),
+// and run() (a function carried out on its thread, with a reply: register, connect, ...). It spins, then yields, then
+// sleeps on an event, so that four ranks on two cores do not starve each other. Each peer has its own pending list: one
+// stalled peer never stops the others. In the steady state its loop allocates nothing.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "abi.hpp"
+#include "counter.hpp"
+#include "memory.hpp"
+#include "ring.hpp"
+#include "status.hpp"
+#include "transport.hpp"
+#include "wait.hpp"
+
+namespace moe_comm {
+
+struct ProxyOptions {
+  uint64_t shard_bytes = 0;      // split messages into writes of at least this many bytes; 0: only where they must be
+  double heartbeat_s = 0.05;     // how often the heartbeat words are bumped
+  double beat_write_s = 1.0;     // how often they are written to link peers
+};
+
+// A user's write, possibly several work requests. Ends once: with ok, or with the first error.
+class Operation {
+ public:
+  // keep: whatever must live until the last write ended (regions)
+  Operation(uint32_t num_writes, std::shared_ptr<void> keep) : remaining_(num_writes), keep_(std::move(keep)) {}
+  void finish_one(const Status& status);
+  bool done() const;
+  Status status() const;          // of a finished operation
+  bool wait(double seconds);      // true: done
+
+ private:
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  uint32_t remaining_;
+  Status status_;
+  std::shared_ptr<void> keep_;
+};
+
+// One direction to one window of one peer: what a Command's channel number stands for.
+struct Channel {
+  uint32_t peer = 0;
+  const MemoryRegion* local = nullptr;
+  RemoteRegion remote;
+  uint32_t immediate_row = 0;                     // of the peer's table
+  Counter* sent[kNumBanks] = {nullptr, nullptr};  // messages of this bank whose local bytes may be reused, or null
+  Doorbell* bell = nullptr;
+};
+
+// A heartbeat word and where it is written to.
+struct Heartbeat {
+  Counter* word = nullptr;         // [heartbeat word]
+  uint64_t local_offset = 0;       // of the word in the channels' local region; 16 bytes are written
+  uint64_t remote_offset = 0;
+  std::vector<uint32_t> channels;  // one for each link peer
+};
+
+enum class PeerState : uint32_t { kConnecting, kReady, kLost };
+
+struct ProxyStats {
+  std::atomic<uint64_t> writes{0}, bytes{0}, immediates{0}, commands{0}, loops{0}, sleeps{0};
+};
+
+class Proxy {
+ public:
+  Proxy(std::unique_ptr<Transport> transport, const ProxyOptions& options);
+  ~Proxy();
+  Proxy(const Proxy&) = delete;
+
+  // --- from any thread -----------------------------------------------------
+  const Info& info() const { return transport_->info(); }
+  // Pushes one command; waits while the ring is full, at most `seconds`.
+  Status push(const Transfer& transfer, double seconds);
+  void run(std::function<void()> function);  // on the proxy's thread; returns when it ended
+  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind);
+  Result<uint32_t> connect(const Address& address);
+  void disconnect(uint32_t peer);
+  PeerState peer_state(uint32_t peer) const;
+  Status peer_status(uint32_t peer) const;
+  Result<uint32_t> open_channel(Channel channel);
+  void close_channel(uint32_t channel);
+  Result<uint32_t> open_row(RowTarget target, uint64_t first_epoch);
+  void close_row(uint32_t row);
+  uint64_t add_heartbeat(Heartbeat heartbeat);
+  void remove_heartbeat(uint64_t id);
+  void beat_now();  // write every heartbeat to its targets at once: a state changed
+  struct UserWrite {
+    uint32_t peer;
+    const MemoryRegion* local;
+    uint64_t local_offset, num_bytes;
+    const RemoteRegion* remote;
+    uint64_t remote_offset;
+    bool has_immediate;
+    uint32_t immediate;
+  };
+  // One operation for all of them; `keep` owns their regions.
+  std::shared_ptr<Operation> submit(std::vector<UserWrite> writes, std::shared_ptr<void> keep);
+  // Waits until `value` was counted `count` times since the last take, then takes them off.
+  bool take_immediates(uint32_t value, uint64_t count, double seconds);
+  uint64_t count_immediates(uint32_t value) const;
+  Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
+  const ProxyStats& stats() const { return stats_; }
+  uint64_t dropped_immediates();
+  void stop();  // drains what is in flight, bounded, then ends the thread
+
+ private:
+  struct Write {  // one work request, waiting or in flight
+    uint32_t peer = 0;
+    uint32_t channel = kNoChannel;
+    uint32_t bank = 0;
+    const MemoryRegion* local = nullptr;
+    uint64_t local_offset = 0, num_bytes = 0, remote_offset = 0;
+    const RemoteRegion* remote = nullptr;
+    bool has_immediate = false;
+    Immediate immediate{};
+    std::shared_ptr<Operation> operation;
+  };
+  struct Peer {
+    PeerId id{};
+    std::atomic<PeerState> state{PeerState::kConnecting};
+    Fault lost;
+    std::deque<Write> pending;
+    bool queued = false;  // in with_pending_
+  };
+  struct ChannelState {
+    Channel channel;
+    bool open = false;
+    uint32_t unsent[kNumBanks] = {0, 0};    // writes not yet completed
+    uint64_t completed[kNumBanks] = {0, 0}; // messages
+  };
+  static constexpr uint32_t kNoChannel = ~0u;
+  static constexpr uint32_t kRingSlots = 4096;
+
+  void body() noexcept;
+  bool take_commands();
+  bool run_functions();
+  bool post_pending();
+  bool poll_transport(bool arm);
+  void beat();
+  void sleep();
+  void wake();
+  void enqueue(Write write);
+  uint64_t shard_bytes(uint64_t num_bytes) const;
+  void begin_transfer(const Transfer& transfer);
+  void finish(Write& write, const Status& status);
+  void lose(uint32_t peer, Status status);
+  void write_beats();
+
+  std::unique_ptr<Transport> transport_;
+  ProxyOptions options_;
+  HostRing ring_{kRingSlots};
+  RingProducer producer_{ring_.producer()};
+  RingConsumer consumer_{ring_.consumer()};
+  RowTable rows_;
+  mutable std::mutex peers_mutex_;                // growing peers_ against readers on other threads
+  std::deque<Peer> peers_;                        // stable addresses
+  std::deque<ChannelState> channels_;
+  std::vector<Write> in_flight_;
+  std::vector<uint32_t> free_slots_;
+  std::vector<uint32_t> with_pending_;            // peers
+  std::unordered_map<uint32_t, uint32_t> peer_of_id_;
+  struct Beat {
+    uint64_t id;
+    Heartbeat heartbeat;
+  };
+  std::vector<Beat> heartbeats_;
+  uint64_t next_heartbeat_ = 0;
+  Clock::time_point last_beat_{}, last_beat_write_{};
+
+  mutable std::mutex functions_mutex_;
+  std::vector<std::function<void()>> functions_;
+  std::atomic<bool> has_functions_{false};
+
+  mutable std::mutex user_mutex_;
+  std::condition_variable user_changed_;
+  std::unordered_map<uint32_t, uint64_t> user_counts_;
+
+  Fault fault_;
+  ProxyStats stats_;
+  FileDescriptor event_;
+  std::atomic<bool> sleeping_{false};
+  std::atomic<bool> stop_{false};
+  std::atomic<bool> ended_{false};
+  std::thread thread_;
+};
+
+}  // namespace moe_comm

@@ -1,0 +1,81 @@
+// The CPU's kernels: route, copy and sum rows. Plain loops over plain memory; no threads, no waits, no protocol.
+//
+// Each has a torch twin in kernels/ and is compared with it bit for bit. They are C++ because the forwarder must run
+// without the interpreter's lock, and because torch's per-call overhead is most of the time at T = 128.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "status.hpp"
+
+namespace moe_comm {
+
+enum class DType : uint32_t { kBytes = 0, kBFloat16 = 1, kFloat16 = 2, kFloat32 = 3, kFloat64 = 4 };
+
+size_t item_bytes(DType dtype);  // kBytes: 1
+
+// Where the parts of one row lie; made by moe_comm/layout.py, the same on every rank of a call.
+struct RowFormat {
+  uint32_t payload_bytes = 0;
+  uint32_t scale_bytes = 0;  // 0: none
+  uint32_t scales_at = 0;
+  uint32_t token_at = 0;     // int32 source token; fresh dispatch only
+  uint32_t ids_at = 0;       // int32 [topk], global expert ids; fresh dispatch only
+  uint32_t weights_at = 0;   // float32 [topk]: weights (fresh dispatch) or columns (combine), if any
+  uint32_t topk = 0;
+  uint32_t row_bytes = 0;
+};
+
+// --- route ---------------------------------------------------------------------------------------
+
+struct RouteTables {          // who goes where; D lanes, see Exchange
+  const int32_t* lane_of_rank;  // [R] the lane a row for this rank takes
+  uint32_t num_lanes;
+  uint32_t num_ranks;
+};
+
+struct Route {
+  std::vector<uint32_t> lane_counts;    // [D] rows in each lane, all rounds
+  std::vector<uint32_t> rank_counts;    // [R] rows each rank will receive of us
+  std::vector<uint32_t> expert_counts;  // [R * L] (token, expert) copies, by global expert id
+};
+
+// topk_idx [T, K] int64 -> lane_rows [T, D] int32: the token's row in each lane, counted from the first token of the
+// call, or -1. Deterministic: prefix counts in token order. Errors name the token and the entry.
+Status route(const int64_t* topk_idx, uint32_t num_tokens, uint32_t topk, uint32_t num_experts,
+             const RouteTables& tables, int32_t* lane_rows, Route& out);
+
+// --- copy ----------------------------------------------------------------------------------------
+
+struct TokenSource {  // the user's tensors of one dispatch
+  const std::byte* x = nullptr;
+  int64_t x_stride = 0;  // bytes between tokens
+  const std::byte* scales = nullptr;
+  int64_t scale_stride_token = 0, scale_stride = 0;  // bytes
+  uint32_t scale_item_bytes = 0;
+  const int64_t* topk_idx = nullptr;  // [T, K]; null: cached
+  const float* topk_weights = nullptr;
+};
+
+void write_row(std::byte* row, const RowFormat& format, const TokenSource& source, uint32_t token);
+
+// --- sum -----------------------------------------------------------------------------------------
+
+struct Term {
+  const std::byte* row = nullptr;
+  float weight = 0;
+  bool weighted = false;
+};
+
+// out[h] = round(bias[h] + terms in order), accumulated in fp32 (fp64 for kFloat64); a product is rounded before it is
+// added, never fused. Without a bias the sum starts with the first term, so one plain term passes bit for bit.
+// No term and no bias: zeros. bias has the payload's dtype. out may not overlap the terms.
+void sum_rows(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t num_items, DType dtype);
+
+// fp32 columns: out[k] = sum of terms in order, starting with the first; no rounding; none: zeros.
+void sum_columns(float* out, std::span<const float* const> terms, size_t num_columns);
+
+}  // namespace moe_comm

@@ -1,0 +1,243 @@
+// The sending half of an exchange, on the user's thread: credits, rows, headers, commits (H1), commands (H2).
+#include <algorithm>
+#include <cstring>
+
+#include "exchange.hpp"
+
+namespace moe_comm {
+namespace {
+
+constexpr double kRingFullTimeout = 30.0;  // seconds
+
+void set_text(Header& header, const std::string& text) {
+  const size_t length = std::min<size_t>(text.size(), kHeaderTextBytes - 1);
+  std::memcpy(header.text, text.data(), length);
+  header.text[length] = 0;
+}
+
+}  // namespace
+
+Status Exchange::route_tokens(Call& call) {
+  const RouteTables tables{lane_of_rank_.data(), num_lanes_, shape_.num_ranks};
+  return route(call.source.topk_idx, call.num_tokens, call.format.topk, call.num_experts, tables, call.lane_rows,
+               call.routes);
+}
+
+Header Exchange::make_header(const Call& call, uint64_t epoch) const {
+  Header header{};
+  header.epoch = epoch;
+  header.kind = call.kind;
+  header.status = call.error.ok() ? kHeaderOk : kHeaderError;
+  header.origin = shape_.rank;
+  header.rounds = call.own_rounds;
+  header.tokens = call.error.ok() ? call.num_tokens : 0;
+  header.version = kAbiVersion;
+  header.agreed = call.agreed;
+  if (!call.error.ok()) set_text(header, call.error.text());
+  return header;
+}
+
+// A forwarder's header on behalf of a rank that did not deliver.
+Header Exchange::verdict(const Call& call, uint64_t epoch, uint32_t origin, const Status& why) const {
+  Header header = make_header(call, epoch);
+  header.status = why.code() == Code::kPeerTimeout ? kHeaderMissing : kHeaderLost;
+  header.origin = origin;
+  header.tokens = 0;
+  set_text(header, why.text());
+  return header;
+}
+
+// The bank of this epoch may be written when its reader released the epoch before in it (H7).
+Status Exchange::await_credits(const Call& call, uint64_t epoch) {
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    if (!is_local(r) && !links_[r].present) continue;
+    if (Status status = wait(release_word(base_, epoch, r), epoch - kNumBanks, {&call, epoch, r, "release of its bank"});
+        !status.ok()) {
+      return status;
+    }
+    if (!links_[r].present) continue;
+    // Our own copy must have left the send region, too: the peer's release does not say so.
+    if (Status status = wait(sent_word(epoch, r), links_[r].pushed[epoch % kNumBanks],
+                             {&call, epoch, r, "completion of earlier writes to it"});
+        !status.ok()) {
+      return status;
+    }
+  }
+  return {};
+}
+
+Status Exchange::send(const std::shared_ptr<Call>& call) {
+  if (fault_.raised()) return fault_.status();
+  const uint64_t epoch = next_epoch_;
+  const auto round = static_cast<uint32_t>(call->epochs.size());
+  if (Status status = await_credits(*call, epoch); !status.ok()) return status;
+  ++next_epoch_;
+  call->epochs.push_back(epoch);
+  Status status = call->kind == kDispatch ? send_dispatch(*call, epoch, round) : send_combine(*call, epoch, round);
+  if (!status.ok()) return status;
+  if (forwarder_.joinable()) {
+    std::lock_guard lock(work_mutex_);
+    work_.push_back({call, epoch, round});
+    work_changed_.notify_one();
+  } else {
+    word_at(forwarded_until_).store(epoch, std::memory_order_release);
+  }
+  return {};
+}
+
+void Exchange::commit(uint32_t rank, uint32_t index, uint64_t epoch) {
+  std::byte* base = peers_[rank].base;
+  word_at(commit_word(base, epoch, index)).store(epoch, std::memory_order_release);  // H1: after rows and header
+  ring(bell(base));
+}
+
+Status Exchange::push(Call&, Link& link, uint32_t, uint64_t epoch, size_t num_bytes) {
+  Transfer transfer{};
+  transfer.channel = link.window_channel;
+  transfer.epoch = static_cast<uint32_t>(epoch & 0xffffu);
+  transfer.local_offset = link.send_offset + offsets_.stride * (epoch % kNumBanks);
+  transfer.remote_offset = link.window_offset + offsets_.stride * (epoch % kNumBanks);
+  transfer.num_bytes = num_bytes;
+  ++link.pushed[epoch % kNumBanks];
+  return engine_.proxy().push(transfer, kRingFullTimeout);
+}
+
+// What the readers behind this window will get from us, over all rounds: enough to allocate outputs exactly.
+void Exchange::write_counts(const Call& call, std::byte* counts, uint32_t rank) const {
+  const uint32_t L = num_local_experts(call);
+  std::memcpy(counts, call.routes.expert_counts.data() + static_cast<size_t>(rank) * L, L * sizeof(uint32_t));
+}
+
+Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
+  const bool counts = round == 0 && call.error.ok() && !call.cached;
+  const uint32_t first = std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
+  const uint32_t last =
+      call.error.ok() ? std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity) : first;
+  const size_t row_bytes = call.format.row_bytes;
+  const auto pack = [&](std::byte* window, bool link, uint32_t rank, uint32_t lane, bool skip_rows) {
+    std::byte* rows = window + kHeaderBytes + counts_bytes(call, link);
+    Header header = make_header(call, epoch);
+    int32_t start = -1;
+    for (uint32_t t = first; t < last; ++t) {
+      const int32_t row = call.lane_rows[static_cast<size_t>(t) * num_lanes_ + lane];
+      if (row < 0) continue;
+      if (start < 0) start = row;
+      if (!skip_rows) write_row(rows + static_cast<size_t>(row - start) * row_bytes, call.format, call.source, t);
+      ++header.rows;
+    }
+    if (counts && link && shape_.hops_node) {
+      auto* words = reinterpret_cast<uint32_t*>(window + kHeaderBytes);
+      const uint32_t L = num_local_experts(call);
+      for (uint32_t g = 0; g < shape_.node_ranks; ++g) {
+        const uint32_t reader = shape_.rank_of[shape_.node_of[rank] * shape_.node_ranks + g];
+        words[g * (1 + L)] = call.routes.rank_counts[reader];
+        write_counts(call, reinterpret_cast<std::byte*>(words + g * (1 + L) + 1), reader);
+      }
+      header.total_rows = call.routes.lane_counts[lane];
+    } else if (counts) {
+      write_counts(call, window + kHeaderBytes, rank);
+      header.total_rows = call.routes.rank_counts[rank];
+    }
+    std::memcpy(window, &header, sizeof header);
+    return kHeaderBytes + counts_bytes(call, link) + header.rows * row_bytes;
+  };
+  // Links first: the network works while we copy to our own node.
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    Link& link = links_[r];
+    if (!link.present) continue;
+    const size_t num_bytes =
+        pack(send_region(link, epoch), true, r, static_cast<uint32_t>(lane_of_rank_[r]), false);
+    if (Status status = push(call, link, r, epoch, num_bytes); !status.ok()) return status;
+    const uint64_t rows = (num_bytes - kHeaderBytes - counts_bytes(call, true)) / row_bytes;
+    stats_.rows_link += rows;
+    stats_.bytes_link += rows * call.format.payload_bytes;
+    ++stats_.writes_link;
+  }
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    if (!is_local(r)) continue;
+    const bool own = r == shape_.rank && call.own_rows_direct;
+    const size_t num_bytes = pack(slot(peers_[r].base, shape_.rank, epoch), false, r,
+                                  static_cast<uint32_t>(lane_of_rank_[r]), own);
+    const uint64_t rows = (num_bytes - kHeaderBytes - counts_bytes(call, false)) / row_bytes;
+    stats_.rows_local += rows;
+    stats_.bytes_local += rows * call.format.payload_bytes;
+    commit(r, shape_.rank, epoch);
+  }
+  return {};
+}
+
+// Results for the tokens [from, to) of the received rows of one source, one row each: a rank's own copies are summed
+// here (level 0), in lane order.
+void Exchange::write_results(Call& call, std::byte* rows, uint32_t source, uint32_t from, uint32_t to) {
+  const uint32_t K = call.format.topk;
+  const size_t num_items = call.format.payload_bytes / item_bytes(call.dtype);
+  std::vector<Term> terms;
+  terms.reserve(K);
+  for (uint32_t i = from; i < to; ++i, rows += call.format.row_bytes) {
+    const size_t row = call.row_starts[source] + i;
+    if (!call.positions) {
+      std::memcpy(rows, call.y + row * call.y_stride, call.format.payload_bytes);
+      if (call.columns) {
+        std::memcpy(rows + call.format.weights_at, call.columns + row * K, K * sizeof(float));
+      }
+      continue;
+    }
+    terms.clear();
+    const int32_t* places = call.positions + row * K;
+    auto* columns = reinterpret_cast<float*>(rows + call.format.weights_at);
+    for (uint32_t k = 0; k < K; ++k) {
+      if (call.columns) {
+        columns[k] = call.columns_by_place ? (places[k] < 0 ? 0.0f : call.columns[places[k]]) : call.columns[row * K + k];
+      }
+      if (places[k] < 0) continue;
+      const bool weighted = call.y_weights != nullptr;
+      terms.push_back({call.y + places[k] * call.y_stride, weighted ? call.y_weights[places[k]] : 0.0f, weighted});
+    }
+    sum_rows(rows, terms, nullptr, num_items, call.dtype);
+  }
+}
+
+Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
+  const size_t row_bytes = call.format.row_bytes;
+  const auto pack = [&](std::byte* window, uint32_t source) {
+    Header header = make_header(call, epoch);
+    if (call.error.ok()) {
+      const auto [from, to] = range_of_round(call, round, call.recv_tokens + call.row_starts[source], call.totals[source]);
+      write_results(call, window + kHeaderBytes, source, from, to);
+      header.rows = to - from;
+    }
+    std::memcpy(window, &header, sizeof header);
+    return header.rows;
+  };
+  if (!shape_.hops_node) {
+    for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+      Link& link = links_[r];
+      if (!link.present) continue;
+      const uint32_t rows = pack(send_region(link, epoch), r);
+      if (Status status = push(call, link, r, epoch, kHeaderBytes + rows * row_bytes); !status.ok()) return status;
+      stats_.rows_link += rows;
+      stats_.bytes_link += static_cast<uint64_t>(rows) * call.format.payload_bytes;
+      ++stats_.writes_link;
+    }
+  }
+  // To rank l of my node: the results for source l itself and, with hops="node", for its rails (n, l). Remote nodes
+  // first: their forwarders have a way to go.
+  const auto store = [&](uint32_t local, uint32_t node) {
+    const uint32_t reader = shape_.rank_of[my_node_ * shape_.node_ranks + local];
+    const uint32_t source = shape_.rank_of[node * shape_.node_ranks + local];
+    const uint32_t index = shape_.rank_of[node * shape_.node_ranks + my_local_];
+    const uint32_t rows = pack(slot(peers_[reader].base, index, epoch), source);
+    stats_.rows_local += rows;
+    stats_.bytes_local += static_cast<uint64_t>(rows) * call.format.payload_bytes;
+    commit(reader, index, epoch);
+  };
+  if (shape_.hops_node) {
+    for (uint32_t n = 0; n < shape_.num_nodes; ++n) {
+      for (uint32_t l = 0; n != my_node_ && l < shape_.node_ranks; ++l) store(l, n);
+    }
+  }
+  for (uint32_t l = 0; l < shape_.node_ranks; ++l) store(l, my_node_);
+  return {};
+}
+
+}  // namespace moe_comm

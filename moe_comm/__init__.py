@@ -1,0 +1,42 @@
+"""moe_comm moves Mixture-of-Experts tokens between ranks, over any network. See README.md.
+
+Importing it touches no GPU, no NIC and no environment variable.
+"""
+
+from . import errors, reference
+from .buffer import Buffer
+from .dispatch import Dispatched
+from .errors import (
+    ArgumentError,
+    ClosedError,
+    MismatchError,
+    MoeCommError,
+    PeerError,
+    PeerLost,
+    PeerTimeout,
+    TransportError,
+)
+from .event import Event, Hook
+from .group import EPGroup
+from .handle import Handle
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Buffer",
+    "Dispatched",
+    "EPGroup",
+    "Event",
+    "Handle",
+    "Hook",
+    "ArgumentError",
+    "ClosedError",
+    "MismatchError",
+    "MoeCommError",
+    "PeerError",
+    "PeerLost",
+    "PeerTimeout",
+    "TransportError",
+    "errors",
+    "reference",
+]

@@ -1,0 +1,357 @@
+"""Buffer: the public object of an expert-parallel group. Checks, keeps the order of calls, delegates.
+
+How an exchange works (the rest is in dispatch.py, combine.py, csrc/exchange.hpp):
+
+- **One row per (token, node), then one per (token, rank).** hops="node": a token crosses the network once for each node
+  that holds one of its experts, to the rank of its own local index there (the rail peer), which passes it on by shared
+  memory; results are added on the way back. hops="rank": every pair of ranks on different nodes is linked directly.
+- **Epochs, banks, credits.** Every round of every call has a number, the epoch, in the order of calls, which is the same
+  on all ranks. Each window exists twice, for even and odd epochs; a bank of epoch e may be written when its reader has
+  released e - 2. Counters only grow; nobody resets what another may still read.
+- **The network promises no order.** Each write carries an immediate; the receiver counts them.
+- **Failure.** Wrong input raises on every rank and the next call works. A lost or late peer ends the Buffer: the first
+  fault is kept, and every later call raises it.
+"""
+
+import atexit
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .combine import CombineRequest, PendingCombine
+from .config import Config
+from .dispatch import Dispatched, DispatchRequest, PendingDispatch, expect
+from .errors import ArgumentError, ClosedError, MoeCommError, PeerLost, PeerTimeout, TransportError
+from .event import Event, Hook
+from .exchange import open_exchange
+from .group import EPGroup, survey
+from .handle import HOPS, Handle
+from .layout import RowFormat, WindowLayout
+
+CLOSE_TIMEOUT_S = 5.0
+MAX_UNHOOKED = 2
+
+_buffers: "weakref.WeakValueDictionary[str, Buffer]" = weakref.WeakValueDictionary()
+
+
+class Buffer:
+    """Windows, connections and the exchange sequence of one EP group. Making one is collective, so is every call.
+
+    Args:
+        group: a torch ProcessGroup (any backend), None (the default group), or an `EPGroup`.
+        hidden, topk, num_experts, dtype: the largest rows expected; they choose C for the window budget. Other shapes
+            work as well, with a C of their own.
+        max_tokens: M, the most tokens a rank ever passes; needed by hooks and by layout "padded".
+        window_bytes: memory for windows (default: MOE_COMM_WINDOW_BYTES, 512 MB).
+        hops: "node" or "rank", see above.
+        transport: "auto", "shm", "fabric:tcp;ofi_rxm", "fabric:efa", … (MOE_COMM_TRANSPORT).
+        ranks_per_node: pretend nodes of so many consecutive ranks (MOE_COMM_RANKS_PER_NODE); 0: ask the machines.
+        timeout_s: until a live but late peer is an error (MOE_COMM_TIMEOUT_S, 300); also bounds MOE_COMM_SILENCE_S.
+        name: for `torch.library` ops, which know a Buffer by it; default unique in this process.
+
+    Raises: MismatchError if ranks pass different parameters; ArgumentError; TransportError with the reason.
+    Blocks while it is made. One thread may call at a time (others wait). Source: DeepEP's Buffer; the interface is ours.
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        hidden: int = 7168,
+        topk: int = 8,
+        num_experts: int = 256,
+        dtype: torch.dtype = torch.bfloat16,
+        max_tokens: int | None = None,
+        window_bytes: int | None = None,
+        hops: str = "node",
+        transport: str | None = None,
+        interface: str | None = None,
+        ranks_per_node: int | None = None,
+        timeout_s: float | None = None,
+        name: str | None = None,
+    ):
+        self._closed = True  # until everything stands
+        expect(hops in HOPS, "hops", f"one of {HOPS}", repr(hops))
+        self.group = EPGroup.of(group)
+        self.config = Config.resolve(
+            window_bytes=window_bytes, transport=transport, interface=interface, ranks_per_node=ranks_per_node,
+            timeout_s=timeout_s,
+        )  # fmt: skip
+        self.hops, self.max_tokens = hops, max_tokens
+        agreed = {
+            "hidden": hidden, "topk": topk, "num_experts": num_experts, "dtype": str(dtype), "hops": hops,
+            "max_tokens": max_tokens, "window_bytes": self.config.window_bytes, "transport": self.config.transport,
+            "ranks_per_node": self.config.ranks_per_node, "first_epoch": self.config.first_epoch,
+        }  # fmt: skip
+        found = survey(self.group, self.config.ranks_per_node, agreed)
+        payload = hidden * dtype.itemsize
+        row = RowFormat.of_dispatch(payload, 0, topk, weights=True)
+        nodes = found.topology.num_nodes
+        self.layout = WindowLayout.for_budget(
+            self.group.num_ranks, nodes, hops, window_bytes=self.config.window_bytes, row_bytes=row.row_bytes,
+            num_experts=num_experts,
+        )  # fmt: skip
+        if max_tokens is not None and max_tokens < self.layout.capacity:
+            self.layout = WindowLayout.for_rows(
+                self.group.num_ranks, nodes, hops, capacity=max(1, max_tokens), row_bytes=row.row_bytes,
+                num_experts=num_experts,
+            )  # fmt: skip
+        opened = open_exchange(self.group, self.config, hops, found, self.layout)
+        self.engine, self.native, self.topology = opened.engine, opened.native, opened.topology
+        self.serial = opened.serial
+        self.group_key = self.group.secret
+        self.name = name or f"{self.group.name}/{self.serial}/{self.rank}"
+        self._lock = threading.RLock()
+        self._unhooked: list[tuple[PendingDispatch | PendingCombine, Hook]] = []
+        self._counts = {"dispatches": 0, "combines": 0, "rounds": 0}
+        self._closed = False
+        _buffers[self.name] = self
+
+    # --- what it is ----------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.group.num_ranks
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of all windows: 2·(R + 2(N-1))·C·row for hops="node", 2·(2R - G)·C·row for hops="rank"."""
+        return self.layout.window_bytes
+
+    def __repr__(self) -> str:
+        t = self.topology
+        return (
+            f"Buffer({self.name!r}, rank {self.rank} of {self.num_ranks}, {t.num_nodes} nodes of {t.node_ranks}, "
+            f"hops={self.hops!r}, transport {self.engine.transport!r}, C={self.layout.capacity})"
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Counted at this rank since the Buffer was made: calls, rounds, payload rows and bytes stored inside the node
+        (`_local`) and written to other nodes (`_link`), and messages to other nodes (`writes`)."""
+        return {**self._counts, **self.native.stats()}
+
+    def timeouts(self, timeout_s: float | None) -> tuple[float, float]:
+        """(late, silent) in seconds for one call."""
+        late = self.config.timeout_s if timeout_s is None else timeout_s
+        return late, min(late, self.config.silence_s)
+
+    def number_of(self, epoch: int) -> int:
+        """Names one exchange of the group: the same number on every rank."""
+        return (self.serial << 40) | (epoch & ((1 << 40) - 1))
+
+    def padded_capacity(self, capacity: int | None) -> int:
+        """Rows per expert of the padded layout: as given, else R * max_tokens, which always suffices."""
+        if capacity is not None:
+            return capacity
+        expect(self.max_tokens is not None, "capacity", "an int, or a Buffer with max_tokens", None)
+        return self.num_ranks * (self.max_tokens or 0)
+
+    # --- calls ---------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Any,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        num_experts: int = 0,
+        layout: str = "rank",
+        alignment: int = 1,
+        handle: Handle | None = None,
+        capacity: int | None = None,
+        async_op: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Sends each token to the ranks that own its experts. Not differentiable; see `moe_comm.dispatch`.
+
+        Args:
+            x: [T, H], any dtype, H·itemsize a multiple of 16, rows contiguous; or a pair (payload [T, H], scales [T, S])
+                with scales in any strides. T may differ from rank to rank and be 0.
+            topk_idx: [T, K] int64 expert ids in [0, num_experts), −1: none; no id twice in a row.
+            topk_weights: [T, K] float32, or None.
+            num_experts: E; expert e lives on rank e // ceil(E / R).
+            layout, alignment, capacity: see `Dispatched`.
+            handle: of an earlier dispatch: the same routing again (topk_idx, topk_weights and num_experts omitted).
+            async_op: None; "event": returns (Dispatched, Event); "hook": only sends, returns a `Hook` whose
+                `hook.result` is the Dispatched after it was called (one round: needs max_tokens <= C; at most two such
+                calls may be open).
+            timeout_s: instead of the Buffer's.
+
+        Returns: Dispatched. Raises: ArgumentError (the others: PeerError), MismatchError, PeerTimeout, PeerLost.
+        Blocks until all ranks called. x may be changed as soon as the call returned.
+        """
+        request = DispatchRequest(
+            x, topk_idx, topk_weights, num_experts, layout, alignment, handle, capacity, timeout_s, async_op == "hook"
+        )
+        return self._run(PendingDispatch, request, "dispatches", async_op)
+
+    def combine(
+        self,
+        y: Tensor,
+        handle: Handle,
+        *,
+        weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        async_op: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Returns each token's results to its source and adds them. Not differentiable; see `moe_comm.combine`.
+
+        Args:
+            y: as `Dispatched.x` of the handle's dispatch ([rows, H], [P, H] or [L, capacity, H]); bfloat16, float16,
+                float32 or float64; H may differ from the dispatch's.
+            handle: of the dispatch; may be used more than once.
+            weights: float32, y's shape without H: each copy is multiplied by its weight (layouts "expert", "padded").
+            topk_weights: float32 columns to be added without rounding: [rows, K] (layout "rank") or y's shape without H.
+            bias: [T, H], where the sum starts.
+            out: [T, H] to write into.
+
+        Returns: [T, H] of y's dtype; with topk_weights a pair ([T, H], [T, K] float32); with async_op="event" a pair of
+        that and an Event; with "hook" a Hook. Order of sums: combine.py. Raises as `dispatch`.
+        """
+        request = CombineRequest(y, handle, weights, topk_weights, bias, out, timeout_s, async_op == "hook")
+        return self._run(PendingCombine, request, "combines", async_op)
+
+    def _run(self, kind: type, request: Any, counter: str, async_op: str | None) -> Any:
+        expect(async_op in (None, "event", "hook"), "async_op", 'None, "event" or "hook"', repr(async_op))
+        with self._lock:
+            self._check_usable()
+            if async_op == "hook" and len(self._unhooked) >= MAX_UNHOOKED:
+                raise ArgumentError(
+                    f"async_op: expected at most {MAX_UNHOOKED} calls whose hook was not called yet, got one more: "
+                    "call an earlier hook first"
+                )
+            pending = kind(self, request)
+            self._counts[counter] += 1
+            with _Faults(self):
+                if async_op == "hook":
+                    return self._send_hooked(pending)
+                self._exchange(pending)
+            result = pending.finish()
+        return (result, Event()) if async_op == "event" else result
+
+    def _exchange(self, pending: "PendingDispatch | PendingCombine") -> None:
+        """All rounds: at most two sent ahead of the one received; the first headers say how many there are."""
+        call = pending.call
+        sent = received = 0
+        rounds = call.own_rounds
+        while received < rounds:
+            while sent < rounds and sent < received + 2:
+                self._make_room()
+                pending.send()
+                sent += 1
+            if received == 0:
+                pending.receive_first()
+                rounds = call.num_rounds
+            pending.receive(received)
+            received += 1
+        self._counts["rounds"] += rounds
+
+    def _make_room(self) -> None:
+        """Before epoch e is sent, every receive up to e - 2 is done: a rank must not wait for a bank of its own."""
+        due = self.native.next_epoch - 2
+        for pending, hook in list(self._unhooked):
+            if pending.call.epochs[0] <= due:
+                self._receive_hooked(pending, hook)
+
+    def _send_hooked(self, pending: "PendingDispatch | PendingCombine") -> Hook:
+        self._make_room()
+        pending.send()
+        hook = Hook(lambda: self._call_hook(pending, hook))
+        self._unhooked.append((pending, hook))
+        return hook
+
+    def _call_hook(self, pending: "PendingDispatch | PendingCombine", hook: Hook) -> None:
+        with self._lock:
+            self._check_usable()
+            with _Faults(self):
+                self._receive_hooked(pending, hook)
+            hook.result = pending.finish()
+
+    def _receive_hooked(self, pending: "PendingDispatch | PendingCombine", hook: Hook) -> None:
+        """The receive of a hooked call, once: by its hook, or earlier when its bank is needed."""
+        if not any(open_hook is hook for _, open_hook in self._unhooked):
+            return
+        self._unhooked = [(p, h) for p, h in self._unhooked if h is not hook]
+        received, rounds = 0, 1
+        while received < rounds:  # more than one only where another rank broke the rule of one round
+            if received == len(pending.call.epochs):
+                self._make_room()
+                pending.send()
+            if received == 0:
+                pending.receive_first()
+                rounds = pending.call.num_rounds
+            pending.receive(received)
+            received += 1
+        self._counts["rounds"] += rounds
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError(f"Buffer {self.name!r} was closed")
+        self.native.raise_fault()
+
+    # --- end -----------------------------------------------------------------------------------------
+
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Drains what is in flight (bounded), says goodbye to the peers, frees the windows. More than once is fine.
+
+        A peer that still waits for this rank raises PeerLost at once.
+        """
+        if self._closed:
+            return
+        with self._lock:
+            self._closed = True
+            self._unhooked.clear()
+            self.native.close(timeout_s)
+
+    def __enter__(self) -> "Buffer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        try:
+            self.close(0.0)
+        except MoeCommError:
+            pass
+
+
+class _Faults:
+    """Marks the Buffer as spent when a wait failed, so that peers learn it and every later call raises the same."""
+
+    def __init__(self, buffer: Buffer):
+        self._buffer = buffer
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (PeerTimeout, PeerLost, TransportError)) and not isinstance(error, ArgumentError):
+            self._buffer.native.fail(str(error))
+
+
+def buffer_named(name: str) -> Buffer:
+    """The living Buffer of this name. Raises ArgumentError if there is none."""
+    found = _buffers.get(name)
+    if found is None:
+        raise ArgumentError(f"buffer: no living Buffer is called {name!r}")
+    return found
+
+
+@atexit.register
+def _close_all() -> None:
+    for buffer in list(_buffers.values()):
+        try:
+            buffer.close(1.0)
+        except MoeCommError:
+            pass

@@ -1,0 +1,165 @@
+"""One combine, top to bottom: the same way back as its dispatch, adding on the way.
+
+Each rank sums its own copies of a token (level 0, lane order), stores the row where the source, or the forwarder of the
+source's rail, adds the ranks of the node (level 1, ascending) and the source adds the nodes (level 2, ascending, from
+the bias). Sums are fp32 (fp64 for fp64), rounded to the dtype of y wherever a row crosses a level. No metadata travels:
+rows lie where the dispatch's rows lay, and every rank knows from its handle how many rounds there are.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _engine
+from .dispatch import COMBINE, FLAG_WEIGHTS, check_handle, check_rows, describe, expect, load_forward
+from .errors import ArgumentError
+from .handle import Handle
+from .layout import DTYPE_CODES, RowFormat
+
+if TYPE_CHECKING:
+    from .buffer import Buffer
+
+
+@dataclasses.dataclass
+class CombineRequest:
+    """Arguments of one combine, as given."""
+
+    y: Any
+    handle: Handle
+    weights: Tensor | None
+    topk_weights: Tensor | None
+    bias: Tensor | None
+    out: Tensor | None
+    timeout_s: float | None
+    deferred: bool
+
+
+class PendingCombine:
+    """A combine from its first send to its last receive."""
+
+    def __init__(self, buffer: "Buffer", request: CombineRequest):
+        self.buffer, self.request = buffer, request
+        self.call = _engine.Call(COMBINE)
+        self.error: ArgumentError | None = None
+        self.held: list[Any] = []
+        late_s, silence_s = buffer.timeouts(request.timeout_s)
+        self.call.set_timeouts(late_s, silence_s)
+        try:
+            self._prepare()
+        except ArgumentError as error:
+            self.error = error
+            self.call = _engine.Call(COMBINE)
+            self.call.set_timeouts(late_s, silence_s)
+            self.call.set_error(str(error))
+            self.call.capacity, self.call.own_rounds = 1, 1
+        self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
+        if self.error is None:
+            load_forward(self.call, request.handle, buffer.topology.node_ranks)
+
+    def _prepare(self) -> None:
+        request, call, handle = self.request, self.call, self.request.handle
+        check_handle(self.buffer, handle)
+        expect(isinstance(request.y, Tensor), "y", "a tensor", describe(request.y))
+        shape = (*handle.place_shape, "H")
+        expect(
+            request.y.dim() == len(shape) and tuple(request.y.shape[:-1]) == handle.place_shape, "y",
+            f"[{', '.join(map(str, shape))}]", describe(request.y),
+        )  # fmt: skip
+        hidden = request.y.shape[-1]
+        y = check_rows("y", request.y.reshape(-1, hidden) if handle.num_places else request.y.new_empty((0, hidden)))
+        expect(y.dtype in DTYPE_CODES, "y", "bfloat16, float16, float32 or float64", describe(y))
+        num_tokens, topk = handle.num_tokens, handle.topk
+        self._check_weights(handle)
+        columns = request.topk_weights is not None
+        row = RowFormat.of_combine(hidden * y.element_size(), topk, columns=columns)
+        layout = self.buffer.layout
+        call.num_tokens, call.num_experts = num_tokens, handle.num_experts
+        call.capacity = layout.capacity_for(row.row_bytes, 0)
+        if request.deferred:
+            limit = self.buffer.max_tokens
+            expect(
+                limit is not None and limit <= call.capacity, "async_op",
+                f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
+                f"max_tokens = {limit}",
+            )  # fmt: skip
+        call.own_rounds = max(1, -(-max(handle.tokens_of) // call.capacity))
+        call.set_format(row.payload_bytes, 0, 0, 0, 0, row.weights_at, topk, row.row_bytes)
+        call.set_agreed(DTYPE_CODES[y.dtype], FLAG_WEIGHTS if columns else 0, handle.number)
+        call.expand = handle.layout != "rank"
+        call.lane_rows = handle.lane_rows.data_ptr()
+        call.recv_tokens = handle.recv_tokens.data_ptr()
+        call.positions = handle.positions.data_ptr() if call.expand and handle.num_recv_rows else 0
+        call.tokens_of, call.totals = handle.tokens_of, handle.totals
+        starts = [0]
+        for total in handle.totals[:-1]:
+            starts.append(starts[-1] + total)
+        call.row_starts = starts
+        call.y, call.y_stride = y.data_ptr(), y.stride(0) * y.element_size()
+        self.held += [y, handle]
+        self._outputs(num_tokens, hidden, y.dtype, topk)
+
+    def _check_weights(self, handle: Handle) -> None:
+        request, call = self.request, self.call
+        if request.weights is not None:
+            weights = request.weights
+            expect(handle.layout != "rank", "weights", "None with layout 'rank' (rows are already summed)", "a tensor")
+            expect(
+                isinstance(weights, Tensor) and weights.dtype == torch.float32 and weights.device.type == "cpu"
+                and tuple(weights.shape) == handle.place_shape, "weights", f"float32 {handle.place_shape} on the CPU",
+                describe(weights),
+            )  # fmt: skip
+            weights = weights.detach().contiguous()
+            call.y_weights = weights.data_ptr()
+            self.held.append(weights)
+        if request.topk_weights is not None:
+            columns = request.topk_weights
+            shape = handle.place_shape if handle.layout != "rank" else (handle.num_recv_rows, handle.topk)
+            expect(
+                isinstance(columns, Tensor) and columns.dtype == torch.float32 and columns.device.type == "cpu"
+                and tuple(columns.shape) == shape, "topk_weights", f"float32 {shape} on the CPU", describe(columns),
+            )  # fmt: skip
+            columns = columns.detach().contiguous()
+            call.columns, call.columns_by_place = columns.data_ptr(), handle.layout != "rank"
+            self.held.append(columns)
+
+    def _outputs(self, num_tokens: int, hidden: int, dtype: torch.dtype, topk: int) -> None:
+        request, call = self.request, self.call
+        if request.bias is not None:
+            bias = check_rows("bias", request.bias)
+            expect(
+                tuple(bias.shape) == (num_tokens, hidden) and bias.dtype == dtype, "bias",
+                f"{str(dtype).removeprefix('torch.')} {(num_tokens, hidden)}", describe(bias),
+            )  # fmt: skip
+            call.bias, call.bias_stride = bias.data_ptr(), bias.stride(0) * bias.element_size()
+            self.held.append(bias)
+        if request.out is not None:
+            out = check_rows("out", request.out)
+            expect(
+                tuple(out.shape) == (num_tokens, hidden) and out.dtype == dtype, "out",
+                f"{str(dtype).removeprefix('torch.')} {(num_tokens, hidden)}", describe(out),
+            )  # fmt: skip
+            self.out = request.out
+        else:
+            out = self.out = torch.empty((num_tokens, hidden), dtype=dtype)
+        call.out_y, call.out_stride = out.data_ptr(), out.stride(0) * out.element_size()
+        self.out_columns = None
+        if request.topk_weights is not None:
+            self.out_columns = torch.empty((num_tokens, topk), dtype=torch.float32)
+            call.out_columns = self.out_columns.data_ptr()
+
+    def send(self) -> None:
+        self.buffer.native.send(self.call)
+
+    def receive_first(self) -> None:
+        self.buffer.native.wait_headers(self.call)
+
+    def receive(self, round_idx: int) -> None:
+        self.buffer.native.receive(self.call, round_idx)
+
+    def finish(self) -> Tensor | tuple[Tensor, Tensor]:
+        if self.error is not None:
+            raise self.error
+        self.call.raise_failure()
+        return self.out if self.out_columns is None else (self.out, self.out_columns)

@@ -1,0 +1,378 @@
+"""One dispatch, top to bottom: check, route, send rounds, learn sizes, receive rounds, hand out.
+
+    x[T, H] --pack(H1)--> window --command(H2)--> ring -> proxy --work request(H3)--> NIC --bytes + immediate(H4)-->
+    peer's proxy --count(H5, FULL)--> counter --unpack(H6)--> recv_x --(H7, EMPTY)--> bank free
+
+A call of T > C tokens runs in rounds over ranges of tokens. How many is the maximum over the ranks: each rank says its
+own number in its first headers, sends at most two rounds ahead, learns the maximum from everybody's first headers, and
+then sends empty rounds up to it. The first headers also say how many rows will come from whom for which expert, so
+outputs are allocated exactly, and every row's place is known whatever order rows arrive in.
+
+A rank whose arguments are wrong takes part all the same, with no tokens and its error's text in the header; so the
+others raise PeerError, every rank has used the same epochs, and the next call works.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _engine
+from .errors import ArgumentError
+from .handle import LAYOUTS, Handle
+from .layout import RowFormat, counts_bytes, dtype_code
+
+if TYPE_CHECKING:
+    from .buffer import Buffer
+
+DISPATCH, COMBINE = 1, 2  # csrc/abi.hpp: ExchangeKind
+FLAG_IDS, FLAG_WEIGHTS, FLAG_CACHED = 1, 2, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """What this rank received. L: experts it owns; K: top-k; rows in the order of (source rank, source token).
+
+    - layout "rank": `x` [rows, H], one row for each token with an expert here; `topk_idx` [rows, K] int64 local expert
+      ids, −1 elsewhere; `topk_weights` [rows, K] float32, 0 elsewhere.
+    - layout "expert": `x` [P, H], one row for each (token, local expert), grouped by expert, each group padded with zero
+      rows to a multiple of `alignment`; `topk_idx` [P] int64 local expert (−1: padding); `topk_weights` [P] float32.
+    - layout "padded": `x` [L, capacity, H], expert l's rows first, zeros behind; `topk_idx` None; `topk_weights`
+      [L, capacity] float32.
+
+    `x` is a pair (payload, scales) if one was passed; `topk_weights` is None if none were. `tokens_per_expert` [L] int64
+    counts copies, padding not included. `handle` goes to combine. All are fresh tensors, owned by the caller.
+    """
+
+    x: Any
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    tokens_per_expert: Tensor
+    handle: Handle
+
+
+@dataclasses.dataclass
+class DispatchRequest:
+    """Arguments of one dispatch, as given."""
+
+    x: Any
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    num_experts: int
+    layout: str
+    alignment: int
+    handle: Handle | None  # cached: places from here, topk_idx and topk_weights None
+    capacity: int | None  # rows per expert of the padded layout
+    timeout_s: float | None
+    deferred: bool  # received later, by a hook
+
+
+def expect(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ArgumentError(f"{argument}: expected {expected}, got {got}")
+
+
+def describe(value: object) -> str:
+    """`int32 (8, 4)` for a tensor, else its type."""
+    if isinstance(value, Tensor):
+        place = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{place}"
+    return type(value).__name__
+
+
+def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
+    """A matrix of rows that can be moved: CPU, 2-D, dense rows of a multiple of 16 bytes, an address of items."""
+    expect(isinstance(value, Tensor), name, f"a tensor {shape}", describe(value))
+    expect(value.device.type == "cpu", name, "a CPU tensor", describe(value))
+    expect(value.dim() == 2, name, shape, describe(value))
+    row_bytes = value.shape[1] * value.element_size()
+    expect(row_bytes > 0 and row_bytes % 16 == 0, name, "rows of a multiple of 16 bytes", describe(value))
+    expect(value.shape[0] == 0 or value.stride(1) == 1, name, "rows that are contiguous", f"strides {value.stride()}")
+    return value.detach()
+
+
+class PendingDispatch:
+    """A dispatch from its first send to its last receive."""
+
+    def __init__(self, buffer: "Buffer", request: DispatchRequest):
+        self.buffer, self.request = buffer, request
+        self.call = _engine.Call(DISPATCH)
+        self.error: ArgumentError | None = None
+        self.result: Dispatched | None = None
+        self.held: list[Any] = []  # tensors whose addresses the call knows
+        late_s, silence_s = buffer.timeouts(request.timeout_s)
+        self.call.set_timeouts(late_s, silence_s)
+        try:
+            self._prepare()
+        except ArgumentError as error:
+            self.error = error
+            self.call = _engine.Call(DISPATCH)
+            self.call.set_timeouts(late_s, silence_s)
+            self.call.set_error(str(error))
+            self.call.capacity, self.call.own_rounds = 1, 1
+        self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
+        if self.error is None and request.handle is not None:
+            load_forward(self.call, request.handle, buffer.topology.node_ranks)
+
+    # --- before the first byte ---------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        request, call = self.request, self.call
+        x, scales = request.x if isinstance(request.x, (tuple, list)) else (request.x, None)
+        name = "x" if scales is None else "x[0]"
+        x = check_rows(name, x)
+        num_tokens, hidden = x.shape
+        scales = self._check_scales(scales, num_tokens)
+        expect(request.layout in LAYOUTS, "layout", f"one of {LAYOUTS}", repr(request.layout))
+        expect(
+            isinstance(request.alignment, int) and request.alignment >= 1, "alignment", "an int >= 1", request.alignment
+        )
+        limit = self.buffer.max_tokens
+        expect(limit is None or num_tokens <= limit, name, f"at most max_tokens = {limit} tokens", describe(x))
+        if request.handle is not None:
+            topk, num_experts = self._check_cached(request.handle, num_tokens)
+        else:
+            topk, num_experts = self._check_routing(num_tokens)
+        self.hidden, self.dtype = hidden, x.dtype
+        self.scale_shape = None if scales is None else (scales.shape[1], scales.dtype)
+        call.cached = request.handle is not None
+        call.expand = request.layout != "rank"
+        call.own_rows_direct = not request.deferred
+        scale_bytes = 0 if scales is None else scales.shape[1] * scales.element_size()
+        row = RowFormat.of_dispatch(
+            hidden * x.element_size(), scale_bytes, topk, weights=request.topk_weights is not None, cached=call.cached
+        )
+        layout = self.buffer.layout
+        counts = 0
+        if not call.cached:
+            counts = counts_bytes(num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node")
+        call.num_tokens, call.num_experts = num_tokens, num_experts
+        call.capacity = layout.capacity_for(row.row_bytes, counts)
+        if request.deferred:
+            expect(
+                limit is not None and limit <= call.capacity, "async_op",
+                f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
+                f"max_tokens = {limit}",
+            )  # fmt: skip
+        call.own_rounds = max(1, -(-num_tokens // call.capacity))
+        call.set_format(
+            row.payload_bytes, row.scale_bytes, row.scales_at, row.token_at, row.ids_at, row.weights_at, topk,
+            row.row_bytes,
+        )  # fmt: skip
+        flags = FLAG_CACHED if call.cached else FLAG_IDS | (FLAG_WEIGHTS if row.weights_at else 0)
+        number = request.handle.number if request.handle is not None else 0
+        call.set_agreed(dtype_code(x.dtype), flags, number)
+        call.x, call.x_stride = x.data_ptr(), x.stride(0) * x.element_size()
+        if scales is not None:
+            item = scales.element_size()
+            call.scales = scales.data_ptr()
+            call.set_scale_strides(scales.stride(0) * item, scales.stride(1) * item, item)
+        self.held += [x, scales]
+        if request.handle is None:
+            self.lane_rows = torch.empty((num_tokens, self.buffer.native.num_lanes), dtype=torch.int32)
+            call.lane_rows = self.lane_rows.data_ptr()
+            self.buffer.native.route(call)  # raises for ids out of range and for an expert twice
+        else:
+            call.lane_rows = request.handle.lane_rows.data_ptr()
+            call.tokens_of, call.totals = request.handle.tokens_of, request.handle.totals
+
+    def _check_scales(self, scales: Any, num_tokens: int) -> Tensor | None:
+        if scales is None:
+            return None
+        expect(isinstance(scales, Tensor), "x[1]", "a tensor of scales [T, S]", describe(scales))
+        expect(scales.device.type == "cpu", "x[1]", "a CPU tensor", describe(scales))
+        expect(
+            scales.dim() == 2 and scales.shape[0] == num_tokens and scales.shape[1] > 0, "x[1]",
+            f"scales [{num_tokens}, S]", describe(scales),
+        )  # fmt: skip
+        return scales.detach()
+
+    def _check_routing(self, num_tokens: int) -> tuple[int, int]:
+        request, call = self.request, self.call
+        idx, weights = request.topk_idx, request.topk_weights
+        expect(isinstance(idx, Tensor), "topk_idx", "a tensor [T, K]", describe(idx))
+        expect(
+            idx.dtype == torch.int64 and idx.dim() == 2 and idx.device.type == "cpu", "topk_idx",
+            "int64 [T, K] on the CPU", describe(idx),
+        )  # fmt: skip
+        expect(idx.shape[0] == num_tokens and idx.shape[1] >= 1, "topk_idx", f"[{num_tokens}, K >= 1]", describe(idx))
+        expect(
+            isinstance(request.num_experts, int) and 0 < request.num_experts < 2**31, "num_experts", "an int >= 1",
+            request.num_experts,
+        )  # fmt: skip
+        if weights is not None:
+            expect(
+                isinstance(weights, Tensor) and weights.dtype == torch.float32 and weights.device.type == "cpu"
+                and weights.shape == idx.shape, "topk_weights", f"float32 {tuple(idx.shape)} on the CPU",
+                describe(weights),
+            )  # fmt: skip
+            weights = weights.detach().contiguous()
+            call.topk_weights = weights.data_ptr()
+        idx = idx.contiguous()
+        call.topk_idx = idx.data_ptr()
+        self.held += [idx, weights]
+        return idx.shape[1], request.num_experts
+
+    def _check_cached(self, handle: Handle, num_tokens: int) -> tuple[int, int]:
+        request = self.request
+        check_handle(self.buffer, handle)
+        expect(request.topk_idx is None, "topk_idx", "None with a handle", describe(request.topk_idx))
+        expect(request.topk_weights is None, "topk_weights", "None with a handle", describe(request.topk_weights))
+        expect(request.layout == handle.layout, "layout", f"{handle.layout!r}, the handle's", repr(request.layout))
+        expect(num_tokens == handle.num_tokens, "x", f"{handle.num_tokens} tokens, the handle's", num_tokens)
+        return handle.topk, handle.num_experts
+
+    # --- sending and receiving ---------------------------------------------------------------------
+
+    def send(self) -> None:
+        self.buffer.native.send(self.call)
+
+    def receive_first(self) -> None:
+        """Round 0's headers: sizes. Allocates the outputs."""
+        native, call = self.buffer.native, self.call
+        native.wait_headers(call)
+        if self.error is None and not call.failed:
+            try:
+                self._allocate()
+            except ArgumentError as error:  # e.g. more rows than the padded capacity
+                self.error = error
+                call.set_error(str(error))
+            except (RuntimeError, MemoryError) as error:  # no memory for what the peers send
+                self.error = ArgumentError(f"x: no memory for the received rows: {error}")
+                call.set_error(str(self.error))
+
+    def receive(self, round_idx: int) -> None:
+        self.buffer.native.receive(self.call, round_idx)
+
+    def _allocate(self) -> None:
+        request, call, topology = self.request, self.call, self.buffer.topology
+        handle = request.handle
+        num_ranks, rank = topology.num_ranks, topology.rank
+        totals = list(call.totals)
+        rows = sum(totals)
+        starts = [0] * num_ranks
+        for r in range(1, num_ranks):
+            starts[r] = starts[r - 1] + totals[r - 1]
+        call.row_starts, call.received_rows = starts, [0] * num_ranks
+        slots = -(-call.num_experts // num_ranks)  # L of the first ranks
+        owned = max(0, min(slots, call.num_experts - rank * slots))
+        if handle is not None:
+            self.tokens_per_expert = handle.tokens_per_expert
+            self.recv_tokens, self.positions = handle.recv_tokens, handle.positions
+            places, shape = handle.num_places, handle.place_shape
+            call.positions = handle.positions.data_ptr() if call.expand else 0
+            padded = call.expand
+        else:
+            copies = torch.tensor(call.expert_rows, dtype=torch.int64).view(num_ranks, slots)[:, :owned]
+            self.tokens_per_expert = copies.sum(0)
+            self.recv_tokens = torch.empty(rows, dtype=torch.int32)
+            call.recv_tokens = self.recv_tokens.data_ptr()
+            places, shape, padded = self._place(copies, rows, slots)
+        x = self._new((places, self.hidden), self.dtype, padded)
+        scales = self._new((places, self.scale_shape[0]), self.scale_shape[1], padded) if self.scale_shape else None
+        call.out_x = x.data_ptr()
+        call.out_scales = 0 if scales is None else scales.data_ptr()
+        ids = weights = None
+        if handle is None:
+            per_row = () if call.expand else (request.topk_idx.shape[1],)
+            if request.layout != "padded":
+                ids = torch.full((places, *per_row), -1, dtype=torch.int64)
+                call.out_ids = ids.data_ptr()
+            if request.topk_weights is not None:
+                weights = torch.zeros((places, *per_row), dtype=torch.float32)
+                call.out_weights = weights.data_ptr()
+                weights = weights.view(shape) if call.expand else weights
+        self.held += [x, scales, ids, weights, self.recv_tokens, self.positions]
+        out_x: Any = x.view(*shape, self.hidden)
+        if scales is not None:
+            out_x = (out_x, scales.view(*shape, scales.shape[1]))
+        self.places, self.shape = places, tuple(shape)
+        self.out = (out_x, ids, weights)
+
+    def _place(self, copies: Tensor, rows: int, slots: int) -> tuple[int, tuple[int, ...], bool]:
+        """Where each expert's copies begin; where each source's begin inside. Returns places, shape, any padding."""
+        request, call = self.request, self.call
+        counts = self.tokens_per_expert
+        num_ranks, owned = copies.shape
+        topk = request.topk_idx.shape[1] if request.topk_idx is not None else 0
+        if request.layout == "rank":
+            self.positions = torch.empty((0, topk), dtype=torch.int32)
+            return rows, (rows,), False
+        self.positions = torch.empty((rows, topk), dtype=torch.int32)
+        call.positions = self.positions.data_ptr()
+        if request.layout == "expert":
+            groups = (counts + request.alignment - 1) // request.alignment * request.alignment
+            offsets = groups.cumsum(0) - groups
+            places = int(groups.sum())
+            shape: tuple[int, ...] = (places,)
+        else:
+            capacity = self.buffer.padded_capacity(request.capacity)
+            if owned and int(counts.max()) > capacity:
+                raise ArgumentError(
+                    f"capacity: expected at least {int(counts.max())} rows for the fullest expert of rank "
+                    f"{self.buffer.rank}, got {capacity}"
+                )
+            offsets = torch.arange(owned) * capacity
+            places, shape = owned * capacity, (owned, capacity)
+        expect(places < 2**31, "x", "fewer than 2^31 received rows", places)
+        first = torch.zeros((num_ranks, slots), dtype=torch.int64)
+        first[:, :owned] = offsets + copies.cumsum(0) - copies
+        call.copy_places = first.flatten().tolist()
+        return places, shape, places != int(counts.sum())
+
+    @staticmethod
+    def _new(shape: tuple[int, ...], dtype: torch.dtype, zero: bool) -> Tensor:
+        return torch.zeros(shape, dtype=dtype) if zero else torch.empty(shape, dtype=dtype)
+
+    def finish(self) -> Dispatched:
+        """After the last round. Raises this rank's error, then the peers'."""
+        if self.error is not None:
+            raise self.error
+        self.call.raise_failure()
+        topology, handle = self.buffer.topology, self.request.handle
+        if handle is None:
+            forward_tokens, forward_rows, forward_counts = take_forward(self.call, topology)
+            handle = Handle(
+                group_key=self.buffer.group_key,
+                number=self.buffer.number_of(self.call.epochs[0]),
+                rank=topology.rank, hops=self.buffer.hops, layout=self.request.layout,
+                num_experts=self.call.num_experts, topk=self.request.topk_idx.shape[1],
+                num_tokens=self.call.num_tokens, num_places=self.places, place_shape=self.shape,
+                tokens_of=tuple(self.call.tokens_of), totals=tuple(self.call.totals),
+                forward_counts=forward_counts, lane_rows=self.lane_rows, recv_tokens=self.recv_tokens,
+                positions=self.positions, forward_tokens=forward_tokens, forward_rows=forward_rows,
+                tokens_per_expert=self.tokens_per_expert,
+            )  # fmt: skip
+        out_x, ids, weights = self.out
+        self.result = Dispatched(out_x, ids, weights, self.tokens_per_expert, handle)
+        return self.result
+
+
+def check_handle(buffer: "Buffer", handle: Any) -> None:
+    """Raises ArgumentError unless the handle is one of this group, rank and path, and complete."""
+    expect(isinstance(handle, Handle), "handle", "a Handle of Buffer.dispatch", describe(handle))
+    expect(handle.complete, "handle", "a dispatch that was received", "one whose hook was not called yet")
+    expect(handle.group_key == buffer.group_key, "handle", "one of this group", "one of another group")
+    expect(handle.rank == buffer.rank, "handle", f"one of rank {buffer.rank}", f"one of rank {handle.rank}")
+    expect(handle.hops == buffer.hops, "handle", f"hops={buffer.hops!r}, as this Buffer", f"hops={handle.hops!r}")
+
+
+def load_forward(call: _engine.Call, handle: Handle, node_ranks: int) -> None:
+    at = 0
+    for node, count in enumerate(handle.forward_counts):
+        tokens, rows = handle.forward_tokens[at : at + count], handle.forward_rows[at : at + count]
+        call.set_forward(node, tokens.data_ptr(), rows.data_ptr(), count, node_ranks)
+        at += count
+
+
+def take_forward(call: _engine.Call, topology) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    counts = tuple(call.forward_size(node) for node in range(topology.num_nodes))
+    tokens = torch.empty(sum(counts), dtype=torch.int32)
+    rows = torch.empty((sum(counts), topology.node_ranks), dtype=torch.int32)
+    at = 0
+    for node, count in enumerate(counts):
+        if count:
+            call.copy_forward(node, tokens[at:].data_ptr(), rows[at:].data_ptr())
+        at += count
+    return tokens, rows, counts

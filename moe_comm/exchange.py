@@ -1,0 +1,117 @@
+"""How a Buffer's ranks find each other: from an EPGroup to an open Exchange (csrc/exchange.hpp).
+
+Four gathers: what everybody passed and a probe segment; who can map whom; segments, regions, addresses and immediate
+rows; and whether every connection stands. Each error is gathered, too, so that all ranks raise together.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from . import _engine
+from .config import Config
+from .errors import MoeCommError, TransportError
+from .group import EPGroup, Survey, Topology
+from .layout import WindowLayout
+
+CONNECT_TIMEOUT_S = 30.0
+FABRICS = ("fabric:efa", "fabric:verbs;ofi_rxm", "fabric:tcp;ofi_rxm")  # best first
+
+
+@dataclasses.dataclass
+class OpenExchange:
+    """One rank's end. `native` is moe_comm._engine.Exchange; the engine is shared with the group's other Buffers."""
+
+    engine: _engine.Engine
+    native: _engine.Exchange
+    topology: Topology
+    layout: WindowLayout
+    serial: int  # which Buffer of its group this is
+
+
+def choose_transport(asked: str, survey: Survey) -> str:
+    """`auto`: shared memory if all ranks are on one host, else the best fabric that every rank has."""
+    if asked != "auto":
+        return asked
+    if survey.one_host or survey.topology.num_nodes == 1:
+        return "shm"
+    for name in FABRICS:
+        if name in survey.transports:
+            return name
+    raise TransportError(
+        "no transport that every rank has reaches all hosts: install libfabric (apt-get install libfabric1) "
+        "and see `moe-comm doctor`"
+    )
+
+
+def open_exchange(
+    group: EPGroup, config: Config, hops: str, survey: Survey, layout: WindowLayout
+) -> OpenExchange:
+    """Collective. Raises on every rank if one of them fails."""
+    topology = survey.topology
+    shape = {
+        "rank": group.rank, "num_ranks": group.num_ranks, "num_nodes": topology.num_nodes,
+        "node_ranks": topology.node_ranks, "hops_node": hops == "node", "node_of": topology.node_of,
+        "local_of": topology.local_of, "rank_of": topology.rank_of,
+    }  # fmt: skip
+    if hops == "node":
+        linked = [r for r in range(group.num_ranks) if topology.local_of[r] == topology.local_of[group.rank]]
+    else:
+        linked = list(range(group.num_ranks))
+    linked = [r for r in linked if not topology.is_local(r)]
+
+    def prepare() -> tuple[_engine.Engine, _engine.Exchange, dict]:
+        engine = _engine_of(group, config, survey)
+        native = _engine.Exchange(engine, shape, layout.offsets(), config.first_epoch)
+        rows = {r: native.open_rows(r) for r in linked}
+        return engine, native, {
+            "segment": native.segment, "region": native.region, "address": engine.address, "rows": rows,
+        }  # fmt: skip
+
+    (engine, native, _), offers = _all_or_none(group, "opening the transport", prepare, lambda made: made[2])
+
+    def connect() -> None:
+        for r in range(group.num_ranks):
+            if r != group.rank and topology.is_local(r):
+                native.map_peer(r, offers[r]["segment"])
+        peers = {r: engine.connect(offers[r]["address"]) for r in linked}
+        for r, peer in peers.items():
+            try:
+                engine.wait_ready(peer, CONNECT_TIMEOUT_S)
+            except MoeCommError as error:
+                raise TransportError(f"rank {group.rank} to rank {r} over {engine.transport}: {error}") from None
+            window, release = offers[r]["rows"][group.rank]
+            native.link_peer(r, peer, offers[r]["region"], window, release)
+
+    _all_or_none(group, "connecting", connect, lambda made: None)
+    native.start()
+    group.num_buffers += 1
+    return OpenExchange(engine, native, topology, layout, group.num_buffers)
+
+
+def _engine_of(group: EPGroup, config: Config, survey: Survey) -> _engine.Engine:
+    transport = choose_transport(config.transport, survey)
+    key = (transport, config.interface, config.shard_bytes, config.chaos_seed)
+    with group.lock:
+        if key not in group.engines:
+            seed = config.chaos_seed and config.chaos_seed * 1000 + group.rank + 1
+            group.engines[key] = _engine.Engine(
+                transport=transport, interface=config.interface, secret=group.secret,
+                shard_bytes=config.shard_bytes, chaos_seed=seed,
+            )  # fmt: skip
+        return group.engines[key]
+
+
+def _all_or_none(group: EPGroup, what: str, step: Callable, offer: Callable):
+    """Runs a step on every rank; if it failed on one, all raise with its text."""
+    made, error = None, None
+    try:
+        made = step()
+    except MoeCommError as caught:
+        error = caught
+    answers = group.gather((str(error) if error else None, None if error else offer(made)))
+    if error:
+        raise error
+    for r, (text, _) in enumerate(answers):
+        if text is not None:
+            raise TransportError(f"{what}: rank {r} failed: {text}")
+    return made, [offered for _, offered in answers]

@@ -1,0 +1,215 @@
+"""EPGroup: the ranks that share the experts, how they talk while a Buffer is made, and which of them form nodes.
+
+A node is a set of ranks that can store into each other's memory. Who can is not asked but tried: every rank makes a
+shared segment, and every other rank maps it (the functional probe). Nodes are numbered by their lowest rank.
+"""
+
+import dataclasses
+import datetime
+import pickle
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from . import _engine
+from .errors import ArgumentError, MismatchError, PeerTimeout
+
+GATHER_TIMEOUT_S = 300.0
+
+_process_groups: dict[str, "EPGroup"] = {}  # by c10d's name: a Buffer's successor meets the same EPGroup
+
+
+class EPGroup:
+    """R ranks and a way to gather small objects from all of them; used while Buffers are made, never by an exchange.
+
+    Make one by `EPGroup.of(process_group)`, `EPGroup.from_store(...)`, or `EPGroup.threads(n)` (ranks as threads of one
+    process: unit tests without processes).
+    """
+
+    def __init__(self, rank: int, num_ranks: int, gather: Callable[[Any], list[Any]], name: str):
+        self.rank = rank
+        self.num_ranks = num_ranks
+        self.name = name
+        self.num_buffers = 0  # made so far; the same on all ranks, because making one is collective
+        self._gather = gather
+        self._secret: int | None = None
+        self.engines: dict[tuple[str, str, int, int], _engine.Engine] = {}
+        self.lock = threading.Lock()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, by rank. Blocks; collective. Raises PeerTimeout naming who is missing."""
+        return self._gather(value)
+
+    @property
+    def secret(self) -> int:
+        """63 random bits of rank 0: peers that do not show them are not admitted. Collective at first use."""
+        if self._secret is None:
+            self._secret = self.gather(secrets.randbits(63))[0]
+        return self._secret
+
+    @classmethod
+    def of(cls, group: "EPGroup | dist.ProcessGroup | None") -> "EPGroup":
+        """An EPGroup as it is; a torch ProcessGroup (None: the default one) wrapped once.
+
+        Raises: ArgumentError for anything else.
+        """
+        if isinstance(group, EPGroup):
+            return group
+        if group is None:
+            if not dist.is_initialized():
+                raise ArgumentError("group: expected a ProcessGroup, or torch.distributed initialised, got None")
+            group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):
+            raise ArgumentError(f"group: expected a torch ProcessGroup or an EPGroup, got {type(group).__name__}")
+        made = _process_groups.get(group.group_name)
+        if made is None or made.process_group is not group:
+            made = _ProcessGroup(group)
+            _process_groups[group.group_name] = made
+        return made
+
+    @classmethod
+    def from_store(
+        cls, store: "dist.Store", rank: int, num_ranks: int, *, name: str = "ep", timeout_s: float = GATHER_TIMEOUT_S
+    ) -> "EPGroup":
+        """Ranks that share a torch Store (FileStore, TCPStore, HashStore). `name` keeps groups on one store apart."""
+        if not 0 <= rank < num_ranks:
+            raise ArgumentError(f"rank: expected 0 <= rank < {num_ranks}, got {rank}")
+        sequence = iter(range(1 << 62))
+
+        def gather(value: Any) -> list[Any]:
+            step = next(sequence)
+            keys = [f"moe_comm/{name}/{step}/{r}" for r in range(num_ranks)]
+            store.set(keys[rank], pickle.dumps(value))
+            try:
+                store.wait(keys, datetime.timedelta(seconds=timeout_s))
+            except dist.DistStoreError:
+                missing = [r for r in range(num_ranks) if not store.check([keys[r]])]
+                raise PeerTimeout(
+                    f"group {name!r}, step {step}: rank {rank} waited {timeout_s:.1f} s for ranks {missing}"
+                ) from None
+            return [pickle.loads(store.get(key)) for key in keys]
+
+        return cls(rank, num_ranks, gather, name)
+
+    @classmethod
+    def threads(cls, num_ranks: int, *, name: str = "threads") -> list["EPGroup"]:
+        """One EPGroup for each of `num_ranks` threads of this process."""
+        store = dist.HashStore()
+        return [cls.from_store(store, r, num_ranks, name=name) for r in range(num_ranks)]
+
+
+class _ProcessGroup(EPGroup):
+    def __init__(self, group: dist.ProcessGroup):
+        self.process_group = group
+
+        def gather(value: Any) -> list[Any]:
+            values: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(values, value, group=group)
+            return values
+
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), gather, group.group_name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Which rank is where. N nodes of G ranks; agreed on all ranks."""
+
+    rank: int
+    num_ranks: int
+    node_of: tuple[int, ...]  # [R]
+    local_of: tuple[int, ...]  # [R] index inside the node
+    rank_of: tuple[int, ...]  # [N * G]
+
+    @property
+    def num_nodes(self) -> int:
+        return max(self.node_of) + 1
+
+    @property
+    def node_ranks(self) -> int:
+        return self.num_ranks // self.num_nodes
+
+    @property
+    def node(self) -> int:
+        return self.node_of[self.rank]
+
+    def is_local(self, rank: int) -> bool:
+        return self.node_of[rank] == self.node
+
+    @classmethod
+    def from_nodes(cls, rank: int, nodes: list[list[int]]) -> "Topology":
+        """`nodes`: disjoint lists of ranks. Unequal ones fall back to one rank per node."""
+        num_ranks = sum(len(node) for node in nodes)
+        nodes = sorted((sorted(node) for node in nodes), key=lambda node: node[0])
+        if len({len(node) for node in nodes}) > 1:
+            nodes = [[r] for r in range(num_ranks)]
+        node_of, local_of = [0] * num_ranks, [0] * num_ranks
+        for n, node in enumerate(nodes):
+            for local, r in enumerate(node):
+                node_of[r], local_of[r] = n, local
+        return cls(rank, num_ranks, tuple(node_of), tuple(local_of), tuple(r for node in nodes for r in node))
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a group learnt about itself before its windows are made."""
+
+    topology: Topology
+    one_host: bool  # every rank can map every other's memory
+    transports: tuple[str, ...]  # that every rank has
+
+
+def survey(group: EPGroup, ranks_per_node: int, agreed: dict[str, Any]) -> Survey:
+    """Collective. Finds the nodes by the functional probe, and checks that all ranks passed the same `agreed`.
+
+    Raises: MismatchError naming the argument and both ranks; ArgumentError where `ranks_per_node` does not fit.
+    """
+    secret = group.secret
+    probe = _engine.SharedBuffer(4096)
+    memoryview(probe)[:8] = secret.to_bytes(8, "little")
+    facts = group.gather({"probe": probe.name, "agreed": agreed, "host": socket.gethostname()})
+    for name in agreed:
+        for r, theirs in enumerate(facts):
+            if theirs["agreed"].get(name) != facts[0]["agreed"].get(name):
+                raise MismatchError(
+                    f"{name}: rank {r} passed {theirs['agreed'].get(name)!r}, "
+                    f"rank 0 passed {facts[0]['agreed'].get(name)!r}"
+                )
+    reach = [_engine.can_map(fact["probe"], secret) for fact in facts]
+    available = [t["name"] for t in _engine.transports() if t["available"]]
+    answers = group.gather(([ok for ok, _ in reach], available))
+    can = [answer[0] for answer in answers]
+    transports = tuple(name for name in available if all(name in answer[1] for answer in answers))
+    num_ranks = group.num_ranks
+    one_host = all(all(row) for row in can)
+    if ranks_per_node:
+        if num_ranks % ranks_per_node:
+            raise ArgumentError(
+                f"ranks_per_node: expected a divisor of {num_ranks} ranks, got {ranks_per_node}"
+            )
+        nodes = [
+            list(range(first, first + ranks_per_node)) for first in range(0, num_ranks, ranks_per_node)
+        ]
+        for node in nodes:
+            for a in node:
+                for b in node:
+                    if not can[a][b]:
+                        raise ArgumentError(
+                            f"ranks_per_node: {ranks_per_node} puts ranks {a} and {b} on one node, but rank {a} "
+                            f"({facts[a]['host']}) cannot map the memory of rank {b} ({facts[b]['host']})"
+                        )
+    else:
+        nodes = _nodes_of(can)
+    return Survey(Topology.from_nodes(group.rank, nodes), one_host, transports)
+
+
+def _nodes_of(can: list[list[bool]]) -> list[list[int]]:
+    """Sets of ranks that all reach each other, both ways; where reach is not an equivalence, single ranks."""
+    ranks = range(len(can))
+    mutual = [frozenset(b for b in ranks if can[a][b] and can[b][a]) | {a} for a in ranks]
+    if all(mutual[b] == mutual[a] for a in ranks for b in mutual[a]):
+        return [sorted(node) for node in sorted(set(mutual), key=min)]
+    return [[r] for r in ranks]

@@ -1,0 +1,77 @@
+"""Handle: what a combine, or a cached dispatch, needs from the dispatch it belongs to. Plain tensors and numbers.
+
+Self-contained: any number may be alive, in any order, across micro-batches, also after their Buffer was replaced by
+another one of the same group. Rows are counted over the whole call, not per round, so that a combine with another row
+size (and so another C) finds its own rounds: those of the source tokens.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+LAYOUTS = ("rank", "expert", "padded")
+HOPS = ("node", "rank")
+
+
+@dataclasses.dataclass
+class Handle:
+    """Made by `Buffer.dispatch`; opaque to users. All tensors int32 on the CPU unless said otherwise.
+
+    A handle of a hooked dispatch is complete once the hook was called; using it earlier is an error.
+    """
+
+    group_key: int  # of the EPGroup: a handle of another group is refused
+    number: int  # which dispatch of the group: Buffer's serial, epoch; the same on all ranks
+    rank: int
+    hops: str
+    layout: str
+    num_experts: int
+    topk: int
+    num_tokens: int  # T of this rank
+    num_places: int  # rows of y: received rows, or places in the expert layout, or L * capacity
+    place_shape: tuple[int, ...]  # y's shape without H
+    tokens_of: tuple[int, ...]  # [R] T of every rank
+    totals: tuple[int, ...]  # [R] rows received from each rank
+    forward_counts: tuple[int, ...]  # [N] rows forwarded for each node's rail peer
+    lane_rows: Tensor  # [T, D] row in each lane, or -1 (lanes: csrc/exchange.hpp)
+    recv_tokens: Tensor  # [rows] source token, by (source rank, source token)
+    positions: Tensor  # [rows, K] place in y of each copy, or -1; [0, K] for layout="rank"
+    forward_tokens: Tensor  # [sum of forward_counts]
+    forward_rows: Tensor  # [sum of forward_counts, G]
+    tokens_per_expert: Tensor  # [L] int64
+    complete: bool = True
+
+    @property
+    def num_recv_rows(self) -> int:
+        """Rows received: one for each (token, this rank)."""
+        return sum(self.totals)
+
+    def to_tensors(self) -> list[Tensor]:
+        """For `torch.library` and `save_for_backward`: a list of tensors that `from_tensors` reads."""
+        numbers = [
+            self.group_key, self.number, self.rank, HOPS.index(self.hops), LAYOUTS.index(self.layout),
+            self.num_experts, self.topk, self.num_tokens, self.num_places,
+            len(self.place_shape), *self.place_shape,
+            len(self.tokens_of), *self.tokens_of, len(self.totals), *self.totals,
+            len(self.forward_counts), *self.forward_counts,
+        ]  # fmt: skip
+        return [
+            torch.tensor(numbers, dtype=torch.int64), self.lane_rows, self.recv_tokens, self.positions,
+            self.forward_tokens, self.forward_rows, self.tokens_per_expert,
+        ]  # fmt: skip
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor]) -> "Handle":
+        numbers = tensors[0].tolist()
+        fields, at = numbers[:9], 9
+        lists = []
+        for _ in range(4):
+            length = numbers[at]
+            lists.append(tuple(numbers[at + 1 : at + 1 + length]))
+            at += 1 + length
+        group_key, number, rank, hops, layout, num_experts, topk, num_tokens, num_places = fields
+        return cls(
+            group_key, number, rank, HOPS[hops], LAYOUTS[layout], num_experts, topk, num_tokens, num_places,
+            *lists, *tensors[1:],
+        )  # fmt: skip
