@@ -4,6 +4,7 @@ Importing it touches no GPU, no NIC and no environment variable.
 """
 
 from . import errors, reference
+from .autograd import CombineFunction, DispatchFunction, combine, dispatch
 from .buffer import Buffer
 from .dispatch import Dispatched
 from .errors import (
@@ -29,6 +30,10 @@ __all__ = [
     "Event",
     "Handle",
     "Hook",
+    "combine",
+    "dispatch",
+    "CombineFunction",
+    "DispatchFunction",
     "ArgumentError",
     "ClosedError",
     "MismatchError",

@@ -225,15 +225,15 @@ class Buffer:
         expect(async_op in (None, "event", "hook"), "async_op", 'None, "event" or "hook"', repr(async_op))
         with self._lock:
             self._check_usable()
+            pending = kind(self, request)
             if async_op == "hook" and len(self._unhooked) >= MAX_UNHOOKED:
-                raise ArgumentError(
+                pending.refuse(
                     f"async_op: expected at most {MAX_UNHOOKED} calls whose hook was not called yet, got one more: "
                     "call an earlier hook first"
                 )
-            pending = kind(self, request)
             self._counts[counter] += 1
             with _Faults(self):
-                if async_op == "hook":
+                if async_op == "hook" and pending.error is None:
                     return self._send_hooked(pending)
                 self._exchange(pending)
             result = pending.finish()

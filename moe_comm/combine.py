@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .dispatch import COMBINE, FLAG_WEIGHTS, check_handle, check_rows, describe, expect, load_forward
+from .dispatch import COMBINE, FLAG_WEIGHTS, check_handle, check_rows, describe, error_call, expect, load_forward
 from .errors import ArgumentError
 from .handle import Handle
 from .layout import DTYPE_CODES, RowFormat
@@ -44,19 +44,19 @@ class PendingCombine:
         self.call = _engine.Call(COMBINE)
         self.error: ArgumentError | None = None
         self.held: list[Any] = []
-        late_s, silence_s = buffer.timeouts(request.timeout_s)
-        self.call.set_timeouts(late_s, silence_s)
+        self.call.set_timeouts(*buffer.timeouts(request.timeout_s))
+        self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
         try:
             self._prepare()
         except ArgumentError as error:
-            self.error = error
-            self.call = _engine.Call(COMBINE)
-            self.call.set_timeouts(late_s, silence_s)
-            self.call.set_error(str(error))
-            self.call.capacity, self.call.own_rounds = 1, 1
-        self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
+            self.refuse(str(error))
         if self.error is None:
             load_forward(self.call, request.handle, buffer.topology.node_ranks)
+
+    def refuse(self, text: str) -> None:
+        """As in dispatch.py."""
+        self.error = ArgumentError(text)
+        self.call = error_call(COMBINE, text, self.buffer, self.request.timeout_s)
 
     def _prepare(self) -> None:
         request, call, handle = self.request, self.call, self.request.handle

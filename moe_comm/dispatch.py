@@ -101,19 +101,19 @@ class PendingDispatch:
         self.error: ArgumentError | None = None
         self.result: Dispatched | None = None
         self.held: list[Any] = []  # tensors whose addresses the call knows
-        late_s, silence_s = buffer.timeouts(request.timeout_s)
-        self.call.set_timeouts(late_s, silence_s)
+        self.call.set_timeouts(*buffer.timeouts(request.timeout_s))
+        self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
         try:
             self._prepare()
         except ArgumentError as error:
-            self.error = error
-            self.call = _engine.Call(DISPATCH)
-            self.call.set_timeouts(late_s, silence_s)
-            self.call.set_error(str(error))
-            self.call.capacity, self.call.own_rounds = 1, 1
-        self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
+            self.refuse(str(error))
         if self.error is None and request.handle is not None:
             load_forward(self.call, request.handle, buffer.topology.node_ranks)
+
+    def refuse(self, text: str) -> None:
+        """This rank takes part with no tokens and `text`; `finish` raises it."""
+        self.error = ArgumentError(text)
+        self.call = error_call(DISPATCH, text, self.buffer, self.request.timeout_s)
 
     # --- before the first byte ---------------------------------------------------------------------
 
@@ -347,6 +347,15 @@ class PendingDispatch:
         out_x, ids, weights = self.out
         self.result = Dispatched(out_x, ids, weights, self.tokens_per_expert, handle)
         return self.result
+
+
+def error_call(kind: int, text: str, buffer: "Buffer", timeout_s: float | None) -> _engine.Call:
+    """A call without tokens whose headers carry an error's text."""
+    call = _engine.Call(kind)
+    call.set_timeouts(*buffer.timeouts(timeout_s))
+    call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
+    call.set_error(text)
+    return call
 
 
 def check_handle(buffer: "Buffer", handle: Any) -> None:

@@ -73,5 +73,5 @@ class Handle:
         group_key, number, rank, hops, layout, num_experts, topk, num_tokens, num_places = fields
         return cls(
             group_key, number, rank, HOPS[hops], LAYOUTS[layout], num_experts, topk, num_tokens, num_places,
-            *lists, *tensors[1:],
+            *lists, *tensors[1:7],
         )  # fmt: skip
