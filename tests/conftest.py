@@ -1,0 +1,138 @@
+"""Fixtures: ranks as processes (`run_ranks`) and ranks as threads (`run_threads`).
+
+Processes come from a fork server that has torch and moe_comm imported, so a group of four costs 0.1 s, not 10.
+"""
+
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from multiprocessing.connection import wait as wait_for
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import moe_comm
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "moe_comm"])
+
+
+def _rank_main(fn, rank, num_ranks, store_path, pipe, args):
+    torch.set_num_threads(1)
+    try:
+        group = moe_comm.EPGroup.from_store(
+            dist.FileStore(store_path, num_ranks), rank, num_ranks, timeout_s=60
+        )
+        pipe.send(("ok", fn(rank, group, *args)))
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+    pipe.close()
+
+
+class RanksFailed(AssertionError):
+    pass
+
+
+@pytest.fixture
+def run_ranks(tmp_path):
+    """`run_ranks(fn, n, *args, timeout_s=60, may_die=())`: the results of fn(rank, group, *args) in n processes.
+
+    fn is a module-level function. At the first failure, or at the deadline, the rest are killed, and every rank's
+    traceback is in the error. Ranks in `may_die` may end without a result (None).
+    """
+    started = []
+    counter = iter(range(1000))
+
+    def run(fn, num_ranks, *args, timeout_s=60, may_die=()):
+        store_path = str(tmp_path / f"store{next(counter)}")
+        pipes, processes = [], []
+        for rank in range(num_ranks):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(
+                target=_rank_main, args=(fn, rank, num_ranks, store_path, theirs, args), daemon=True
+            )
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        started.extend(processes)
+        results, errors = [None] * num_ranks, {}
+        open_pipes = dict(zip(pipes, range(num_ranks)))
+        deadline = time.monotonic() + timeout_s
+        grace = None
+        while open_pipes and time.monotonic() < (grace or deadline):
+            for pipe in wait_for(list(open_pipes), timeout=0.2):
+                rank = open_pipes.pop(pipe)
+                try:
+                    kind, value = pipe.recv()
+                except EOFError:
+                    processes[rank].join(5)
+                    if rank not in may_die:
+                        errors[rank] = f"ended without a result, exit code {processes[rank].exitcode}"
+                    continue
+                if kind == "ok":
+                    results[rank] = value
+                else:
+                    errors[rank] = value
+            if errors and grace is None:
+                grace = min(deadline, time.monotonic() + 5)  # the others may say why, too
+        for rank in open_pipes.values():
+            errors[rank] = "did not end: killed"
+        if errors:
+            for process in processes:
+                process.kill()
+            text = "\n".join(f"--- rank {rank}\n{errors[rank]}" for rank in sorted(errors))
+            raise RanksFailed(text)
+        for process in processes:
+            process.join(10)
+            assert process.exitcode is not None, "a rank gave its result but does not end"
+        return results
+
+    run.processes = started
+    yield run
+    for process in started:
+        if process.is_alive():
+            process.kill()
+        process.join(5)
+
+
+@pytest.fixture
+def run_threads():
+    """`run_threads(fn, n, timeout_s=60, **options)`: fn(buffer, rank) in n threads, each with a Buffer of its own group."""
+
+    def run(fn, num_ranks, timeout_s=60, **options):
+        groups = moe_comm.EPGroup.threads(num_ranks)
+        results, errors = [None] * num_ranks, {}
+
+        def body(rank):
+            try:
+                with moe_comm.Buffer(groups[rank], **{"timeout_s": 20.0, **options}) as buffer:
+                    results[rank] = fn(buffer, rank)
+            except BaseException:
+                errors[rank] = traceback.format_exc()
+
+        threads = [threading.Thread(target=body, args=(r,), daemon=True) for r in range(num_ranks)]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + timeout_s
+        for rank, thread in enumerate(threads):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                errors.setdefault(rank, "did not end")
+        if errors:
+            raise RanksFailed("\n".join(f"--- rank {r}\n{errors[r]}" for r in sorted(errors)))
+        return results
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """Every test: nothing of ours stays in /dev/shm."""
+    before = set(os.listdir("/dev/shm"))
+    yield
+    left = [name for name in set(os.listdir("/dev/shm")) - before if "moe" in name]
+    assert not left, f"left in /dev/shm: {left}"
