@@ -340,6 +340,10 @@ void bind_engine(py::module_& m) {
              return unlocked([&] { return self.proxy().take_immediates(value, count, seconds); });
            })
       .def("count_immediates", [](Self& self, uint32_t value) { return self.proxy().count_immediates(value); })
+      .def("wait_immediates",
+           [](Self& self, uint64_t seen, double seconds) {
+             return unlocked([&] { return self.proxy().wait_immediates(seen, seconds); });
+           })
       .def("raise_fault", [](Self& self) { check(self.proxy().fault()); })
       .def("stop", [](Self& self) { unlocked([&] { self.proxy().stop(); }); })
       .def("stats", [](Self& self) {
@@ -393,6 +397,9 @@ PYBIND11_MODULE(_engine, m) {
     uint64_t found = 0;
     if (segment.ok()) std::memcpy(&found, segment.value().data(), sizeof found);
     return std::make_tuple(segment.ok() && found == secret, segment.ok() ? std::string() : segment.status().text());
+  });
+  m.def("wait_word", [](uintptr_t address, uint64_t old, double seconds) {
+    return unlocked([&] { return wait_change(*reinterpret_cast<Counter*>(address), old, seconds); });
   });
   m.def("transports", [] {
     std::vector<py::dict> out{to_dict(probe_shm())};

@@ -199,7 +199,7 @@ class Exchange {
   Status send_combine(Call& call, uint64_t epoch, uint32_t round);
   void write_results(Call& call, std::byte* rows, uint32_t source, uint32_t from, uint32_t to);
   void commit(uint32_t rank, uint32_t index, uint64_t epoch);
-  Status push(Call& call, Link& link, uint32_t rank, uint64_t epoch, size_t num_bytes);
+  Status push(Link& link, uint64_t epoch, size_t num_bytes);
   void write_counts(const Call& call, std::byte* counts, uint32_t rank) const;
 
   // forwarding

@@ -164,7 +164,7 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
     }
     std::memcpy(out, &header, sizeof header);
     const size_t num_bytes = kHeaderBytes + header.rows * row_bytes;
-    if (Status status = push(call, link, source, epoch, num_bytes); !status.ok()) return status;
+    if (Status status = push(link, epoch, num_bytes); !status.ok()) return status;
     stats_.rows_link += header.rows;
     stats_.bytes_link += static_cast<uint64_t>(header.rows) * call.format.payload_bytes;
     ++stats_.writes_link;

@@ -240,6 +240,12 @@ uint64_t Proxy::count_immediates(uint32_t value) const {
   return found == user_counts_.end() ? 0 : found->second;
 }
 
+uint64_t Proxy::wait_immediates(uint64_t seen, double seconds) {
+  std::unique_lock lock(user_mutex_);
+  user_changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return user_total_ > seen; });
+  return user_total_;
+}
+
 uint64_t Proxy::dropped_immediates() {
   uint64_t dropped = 0;
   run([&] { dropped = rows_.dropped(); });
@@ -415,6 +421,7 @@ bool Proxy::poll_transport(bool arm) {
         if (c.immediate.is_user()) {
           std::lock_guard lock(user_mutex_);
           ++user_counts_[c.immediate.user_value()];
+          ++user_total_;
           user_changed_.notify_all();
         } else if (Status status = rows_.count(c.immediate); !status.ok()) {  // H5
           fault_.raise(status);

@@ -113,6 +113,8 @@ class Proxy {
   // Waits until `value` was counted `count` times since the last take, then takes them off.
   bool take_immediates(uint32_t value, uint64_t count, double seconds);
   uint64_t count_immediates(uint32_t value) const;
+  // Waits until more than `seen` user immediates arrived since the proxy began, of any value; returns how many did.
+  uint64_t wait_immediates(uint64_t seen, double seconds);
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
   const ProxyStats& stats() const { return stats_; }
   uint64_t dropped_immediates();
@@ -189,6 +191,7 @@ class Proxy {
   mutable std::mutex user_mutex_;
   std::condition_variable user_changed_;
   std::unordered_map<uint32_t, uint64_t> user_counts_;
+  uint64_t user_total_ = 0;  // ever
 
   Fault fault_;
   ProxyStats stats_;

@@ -91,7 +91,7 @@ void Exchange::commit(uint32_t rank, uint32_t index, uint64_t epoch) {
   ring(bell(base));
 }
 
-Status Exchange::push(Call&, Link& link, uint32_t, uint64_t epoch, size_t num_bytes) {
+Status Exchange::push(Link& link, uint64_t epoch, size_t num_bytes) {
   Transfer transfer{};
   transfer.channel = link.window_channel;
   transfer.epoch = static_cast<uint32_t>(epoch & 0xffffu);
@@ -139,16 +139,15 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
       header.total_rows = call.routes.rank_counts[rank];
     }
     std::memcpy(window, &header, sizeof header);
-    return kHeaderBytes + counts_bytes(call, link) + header.rows * row_bytes;
+    return header.rows;
   };
   // Links first: the network works while we copy to our own node.
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     Link& link = links_[r];
     if (!link.present) continue;
-    const size_t num_bytes =
-        pack(send_region(link, epoch), true, r, static_cast<uint32_t>(lane_of_rank_[r]), false);
-    if (Status status = push(call, link, r, epoch, num_bytes); !status.ok()) return status;
-    const uint64_t rows = (num_bytes - kHeaderBytes - counts_bytes(call, true)) / row_bytes;
+    const uint64_t rows = pack(send_region(link, epoch), true, r, static_cast<uint32_t>(lane_of_rank_[r]), false);
+    const size_t num_bytes = kHeaderBytes + counts_bytes(call, true) + rows * row_bytes;
+    if (Status status = push(link, epoch, num_bytes); !status.ok()) return status;
     stats_.rows_link += rows;
     stats_.bytes_link += rows * call.format.payload_bytes;
     ++stats_.writes_link;
@@ -156,9 +155,8 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     if (!is_local(r)) continue;
     const bool own = r == shape_.rank && call.own_rows_direct;
-    const size_t num_bytes = pack(slot(peers_[r].base, shape_.rank, epoch), false, r,
-                                  static_cast<uint32_t>(lane_of_rank_[r]), own);
-    const uint64_t rows = (num_bytes - kHeaderBytes - counts_bytes(call, false)) / row_bytes;
+    const uint64_t rows =
+        pack(slot(peers_[r].base, shape_.rank, epoch), false, r, static_cast<uint32_t>(lane_of_rank_[r]), own);
     stats_.rows_local += rows;
     stats_.bytes_local += rows * call.format.payload_bytes;
     commit(r, shape_.rank, epoch);
@@ -214,7 +212,7 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
       Link& link = links_[r];
       if (!link.present) continue;
       const uint32_t rows = pack(send_region(link, epoch), r);
-      if (Status status = push(call, link, r, epoch, kHeaderBytes + rows * row_bytes); !status.ok()) return status;
+      if (Status status = push(link, epoch, kHeaderBytes + rows * row_bytes); !status.ok()) return status;
       stats_.rows_link += rows;
       stats_.bytes_link += static_cast<uint64_t>(rows) * call.format.payload_bytes;
       ++stats_.writes_link;

@@ -9,6 +9,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -52,6 +53,22 @@ class Backoff {
   int spins_, yields_;
   int idle_ = 0;
 };
+
+// The word once it differs from `old`, or as it is after `seconds`. For words whose writer rings no doorbell (a GPU):
+// spins, yields, then naps, each nap twice as long as the one before.
+inline Counter wait_change(Counter& word, Counter old, double seconds) {
+  constexpr long kShortestNap = 20'000, kLongestNap = 1'000'000;  // nanoseconds
+  const auto start = Clock::now();
+  long nap = kShortestNap;
+  for (Backoff backoff;; backoff.step()) {
+    const Counter now = word_at(word).load(std::memory_order_acquire);
+    if (now != old || seconds_since(start) >= seconds) return now;
+    if (!backoff.should_sleep()) continue;
+    const timespec pause{0, nap};
+    nanosleep(&pause, nullptr);
+    nap = std::min(2 * nap, kLongestNap);
+  }
+}
 
 // A futex in shared memory. Ringing costs one fence and one load while nobody sleeps. `sleepers` is changed only by the
 // process that owns the doorbell, so a peer killed in the middle leaves it right.

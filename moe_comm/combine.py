@@ -48,7 +48,7 @@ class PendingCombine:
         self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
         try:
             self._prepare()
-        except ArgumentError as error:
+        except (ArgumentError, TypeError, ValueError, RuntimeError) as error:
             self.refuse(str(error))
         if self.error is None:
             load_forward(self.call, request.handle, buffer.topology.node_ranks)

@@ -105,8 +105,8 @@ class PendingDispatch:
         self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
         try:
             self._prepare()
-        except ArgumentError as error:
-            self.refuse(str(error))
+        except (ArgumentError, TypeError, ValueError, RuntimeError) as error:
+            self.refuse(str(error))  # whatever is wrong: the peers wait for our header
         if self.error is None and request.handle is not None:
             load_forward(self.call, request.handle, buffer.topology.node_ranks)
 
@@ -119,7 +119,10 @@ class PendingDispatch:
 
     def _prepare(self) -> None:
         request, call = self.request, self.call
-        x, scales = request.x if isinstance(request.x, (tuple, list)) else (request.x, None)
+        x, scales = request.x, None
+        if isinstance(x, (tuple, list)):
+            expect(len(x) == 2, "x", "a tensor, or a pair (payload, scales)", f"{len(x)} things")
+            x, scales = x
         name = "x" if scales is None else "x[0]"
         x = check_rows(name, x)
         num_tokens, hidden = x.shape
@@ -128,6 +131,9 @@ class PendingDispatch:
         expect(
             isinstance(request.alignment, int) and request.alignment >= 1, "alignment", "an int >= 1", request.alignment
         )
+        if request.layout == "padded" and request.handle is None:
+            capacity = self.buffer.padded_capacity(request.capacity)
+            expect(isinstance(capacity, int) and capacity >= 1, "capacity", "an int >= 1", capacity)
         limit = self.buffer.max_tokens
         expect(limit is None or num_tokens <= limit, name, f"at most max_tokens = {limit} tokens", describe(x))
         if request.handle is not None:
