@@ -26,7 +26,7 @@ namespace moe_comm {
 constexpr uint32_t kAbiVersion = 1;
 constexpr uint32_t kRowAlignment = 16;     // every row, offset and length of the exchange is a multiple of this
 constexpr uint32_t kHeaderBytes = 256;     // in front of the counts and rows of every window
-constexpr uint32_t kHeaderTextBytes = 96;  // an error's text, cut, zero-terminated
+constexpr uint32_t kHeaderTextBytes = 168;  // an error's text, cut, zero-terminated
 constexpr uint32_t kNumBanks = 2;          // every window exists twice: even and odd epochs
 
 

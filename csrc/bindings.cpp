@@ -13,6 +13,10 @@
 namespace py = pybind11;
 using namespace moe_comm;  // NOLINT: one file, all of it glue
 
+namespace moe_comm {
+void bind_rows(py::module_& m);  // bindings_rows.cpp
+}
+
 namespace {
 
 struct Exceptions {
@@ -392,6 +396,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_engine(m);
   bind_call(m);
   bind_exchange(m);
+  bind_rows(m);
   m.def("can_map", [](const NameTuple& name, uint64_t secret) {
     auto segment = SharedSegment::open(from_tuple(name));
     uint64_t found = 0;

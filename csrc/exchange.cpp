@@ -134,29 +134,43 @@ Exchange::~Exchange() {
       engine_.proxy().close_row(link.rows.release);
     }
   }
+  for (const Link& link : links_) {
+    if (link.present) engine_.proxy().disconnect(link.engine_peer);
+  }
   engine_.proxy().run([this] { region_ = MemoryRegion{}; });
 }
 
-Status Exchange::close(double seconds) {
-  if (closed_.exchange(true)) return {};
-  Status drained;
-  if (started_ && !fault_.raised()) {  // rows and releases that peers still need have left before we say goodbye
-    const auto start = Clock::now();
-    for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
-      for (uint64_t bank = 0; links_[r].present && bank < kNumBanks; ++bank) {
-        Backoff backoff;
-        while (word_at(sent_word(bank, r)).load(std::memory_order_acquire) < links_[r].pushed[bank] &&
-               engine_.proxy().peer_state(links_[r].engine_peer) == PeerState::kReady) {
-          if (seconds_since(start) > seconds) {
-            drained = {Code::kPeerTimeout, "close: rows to rank " + std::to_string(r) + " were still in flight after " +
-                                               std::to_string(seconds) + " s"};
-            break;
-          }
-          backoff.step();
+// What others still need of us has left before we say goodbye: rows to forward, sums to pass on, writes in flight.
+Status Exchange::drain(double seconds) {
+  const auto start = Clock::now();
+  Backoff backoff;
+  while (word_at(forwarded_until_).load(std::memory_order_acquire) + 1 < next_epoch_ && !fault_.raised()) {
+    if (seconds_since(start) > seconds) {
+      return {Code::kPeerTimeout, "close: the forwarder still waits for rows of epoch " +
+                                      std::to_string(forwarded_until_ + 1) + " after " + std::to_string(seconds) + " s"};
+    }
+    sleep_on(bell(base_), 0.01, [] { return false; });
+  }
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    for (uint64_t bank = 0; links_[r].present && bank < kNumBanks; ++bank) {
+      while (word_at(sent_word(bank, r)).load(std::memory_order_acquire) < links_[r].pushed[bank] &&
+             engine_.proxy().peer_state(links_[r].engine_peer) == PeerState::kReady) {
+        if (seconds_since(start) > seconds) {
+          return {Code::kPeerTimeout, "close: rows to rank " + std::to_string(r) + " were still in flight after " +
+                                          std::to_string(seconds) + " s"};
         }
+        backoff.step();
       }
     }
   }
+  return {};
+}
+
+Status Exchange::close(double seconds) {
+  if (closing_.exchange(true)) return {};
+  Status drained;
+  if (started_ && !fault_.raised()) drained = drain(seconds);
+  closed_.store(true);
   if (started_) {
     word_at(beat_word(base_)).fetch_or(fault_.raised() ? kFailed : kClosed, std::memory_order_release);
     engine_.proxy().beat_now();
@@ -271,29 +285,31 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
   if (Status status = engine_.proxy().fault(); !status.ok()) return status;
   const Peer& peer = peers_[rank];
   std::string who = "rank " + std::to_string(rank) + " (node " + std::to_string(shape_.node_of[rank]) + ")";
+  const bool linked = !peer.base && links_[rank].present;
   uint64_t beat = 0;
   if (peer.base) {
-    if (rank != shape_.rank && peer.process.ended()) {
-      return {Code::kPeerLost, describe(waited, waited_s) + ": the process of " + who + " ended"};
-    }
     beat = word_at(beat_word(peer.base)).load(std::memory_order_acquire);
-  } else if (links_[rank].present) {
-    if (engine_.proxy().peer_state(links_[rank].engine_peer) == PeerState::kLost) {
-      return {Code::kPeerLost, describe(waited, waited_s) + ": the connection to " + who +
-                                   " ended: " + engine_.proxy().peer_status(links_[rank].engine_peer).text()};
-    }
+  } else if (linked) {
     beat = word_at(*reinterpret_cast<Counter*>(base_ + offsets_.beats + 16ull * rank)).load(std::memory_order_acquire);
   }
-  // A rank that left may still have sent what we wait for: give its last writes a moment to land.
-  const double grace_s = peer.base ? 0 : 1.0;
-  const uint64_t state = beat & 15u;
   if (beat != seen.beat) {
     seen.beat = beat;
     seen.at = Clock::now();
   }
+  const bool cut = linked && engine_.proxy().peer_state(links_[rank].engine_peer) == PeerState::kLost;
+  // A rank that left may still have sent what we wait for: give its last writes a moment to land.
+  const double grace_s = linked && !cut ? 1.0 : 0.0;
+  const uint64_t state = beat & 15u;
   if (state != kAlive && rank != shape_.rank && seconds_since(seen.at) >= grace_s) {
     return {Code::kPeerLost, describe(waited, waited_s) + ": " + who +
                                  (state & kFailed ? " gave up after a fault of its own" : " closed its Buffer")};
+  }
+  if (cut) {
+    return {Code::kPeerLost, describe(waited, waited_s) + ": the connection to " + who +
+                                 " ended: " + engine_.proxy().peer_status(links_[rank].engine_peer).text()};
+  }
+  if (peer.base && rank != shape_.rank && peer.process.ended()) {
+    return {Code::kPeerLost, describe(waited, waited_s) + ": the process of " + who + " ended"};
   }
   const Timeouts& limits = waited.call->timeouts;
   if (seconds_since(seen.at) > limits.silent_s + waited.extra_s) {

@@ -171,6 +171,7 @@ class Exchange {
 
   Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint64_t first_epoch);
   Status init();
+  Status drain(double seconds);
 
   // places
   bool is_local(uint32_t rank) const { return shape_.node_of[rank] == shape_.node_of[shape_.rank]; }
@@ -239,7 +240,7 @@ class Exchange {
   uint64_t first_epoch_, next_epoch_;
   uint64_t heartbeat_ = 0;
   bool started_ = false;
-  std::atomic<bool> closed_{false};
+  std::atomic<bool> closing_{false}, closed_{false};
   Fault fault_;
   ExchangeStats stats_;
   std::vector<std::byte> node_sum_;        // scratch of the user's thread: one row

@@ -37,6 +37,7 @@ class EPGroup:
         self.num_buffers = 0  # made so far; the same on all ranks, because making one is collective
         self._gather = gather
         self._secret: int | None = None
+        self._store: dist.Store | None = None
         self.engines: dict[tuple[str, str, int, int], _engine.Engine] = {}
         self.lock = threading.Lock()
 
@@ -86,14 +87,18 @@ class EPGroup:
             store.set(keys[rank], pickle.dumps(value))
             try:
                 store.wait(keys, datetime.timedelta(seconds=timeout_s))
-            except dist.DistStoreError:
+            except RuntimeError:  # DistStoreError is one; FileStore raises the bare class
                 missing = [r for r in range(num_ranks) if not store.check([keys[r]])]
+                if not missing:
+                    raise
                 raise PeerTimeout(
                     f"group {name!r}, step {step}: rank {rank} waited {timeout_s:.1f} s for ranks {missing}"
                 ) from None
             return [pickle.loads(store.get(key)) for key in keys]
 
-        return cls(rank, num_ranks, gather, name)
+        made = cls(rank, num_ranks, gather, name)
+        made._store = store
+        return made
 
     @classmethod
     def threads(cls, num_ranks: int, *, name: str = "threads") -> list["EPGroup"]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import moe_comm
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "moe_comm"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm"])
 
 
 def _rank_main(fn, rank, num_ranks, store_path, pipe, args):
