@@ -20,8 +20,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm"])
 
 
-def _rank_main(fn, rank, num_ranks, store_path, pipe, args):
+def _rank_main(fn, rank, num_ranks, store_path, pipe, environment, args):
     torch.set_num_threads(1)
+    os.environ.update(environment)  # the fork server knows those of its own start only
     try:
         group = moe_comm.EPGroup.from_store(
             dist.FileStore(store_path, num_ranks), rank, num_ranks, timeout_s=60
@@ -48,11 +49,14 @@ def run_ranks(tmp_path):
 
     def run(fn, num_ranks, *args, timeout_s=60, may_die=()):
         store_path = str(tmp_path / f"store{next(counter)}")
+        environment = {k: v for k, v in os.environ.items() if k.startswith("MOE_COMM_")}
         pipes, processes = [], []
         for rank in range(num_ranks):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_rank_main, args=(fn, rank, num_ranks, store_path, theirs, args), daemon=True
+                target=_rank_main,
+                args=(fn, rank, num_ranks, store_path, theirs, environment, args),
+                daemon=True,
             )
             process.start()
             theirs.close()
