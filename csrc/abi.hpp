@@ -135,8 +135,8 @@ struct Header {
   uint32_t total_rows;  // rows for the reader of this window, over all rounds
   uint32_t version;     // kAbiVersion
   Agreed agreed;        // of the rank that wrote the window
+  uint64_t routing;     // fresh dispatch, first round: digest of the source's topk_idx; all together name the dispatch
   char text[kHeaderTextBytes];
-  uint8_t reserved[kHeaderBytes - 40 - sizeof(Agreed) - kHeaderTextBytes];
 };
 
 // --- words a GPU or a CPU thread waits for --------------------------------------------------------
@@ -151,7 +151,7 @@ enum RankState : uint64_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 static_assert(sizeof(Command) == 16);
 static_assert(sizeof(Immediate) == 4);
 static_assert(sizeof(Agreed) == 40);
-static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, agreed) == 40 && offsetof(Header, text) == 80);
+static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, agreed) == 40 && offsetof(Header, text) == 88);
 #endif
 
 }  // namespace moe_comm

@@ -166,6 +166,7 @@ void bind_call(py::module_& m) {
       .def_readwrite("bias_stride", &Call::bias_stride)
       .def_readwrite("out_stride", &Call::out_stride)
       .def_readonly("epochs", &Call::epochs)
+      .def_readonly("identity", &Call::identity)
       .def_property_readonly("rank_counts", [](const Call& call) { return call.routes.rank_counts; })
       .def_property_readonly("lane_counts", [](const Call& call) { return call.routes.lane_counts; });
   c.def_property(

@@ -67,6 +67,7 @@ struct Call {
   int32_t* lane_rows = nullptr;           // [T, D]
   std::vector<uint32_t> tokens_of;        // [R] T of each source
   std::vector<uint32_t> totals;           // [R] rows received from each source
+  uint64_t identity = 0;                  // names the dispatch: digest of all ranks' routing, the same on all ranks
   int32_t* recv_tokens = nullptr;         // [rows] source token, by (source rank, source token)
   int32_t* positions = nullptr;           // [rows, K] place of each copy in y; null: place = row
   std::vector<std::vector<int32_t>> forward_tokens;  // [N] source token of each link row of that node's rail peer

@@ -85,6 +85,7 @@ Status Exchange::wait_headers(Call& call) {
     if (!fresh || !call.failure.ok()) continue;
     call.tokens_of[source] = header.tokens;
     call.totals[source] = header.total_rows;
+    call.identity = mix_digest(call.identity, header.routing) >> 1;
     if (header.status == kHeaderOk && call.error.ok()) {
       std::memcpy(call.expert_rows.data() + static_cast<size_t>(source) * L, window + kHeaderBytes, L * sizeof(uint32_t));
     }

@@ -29,6 +29,12 @@ struct RowFormat {
   uint32_t row_bytes = 0;
 };
 
+// Order matters: digest of a sequence = mix of the digest so far and the next word.
+inline uint64_t mix_digest(uint64_t digest, uint64_t word) {
+  digest = (digest ^ word) * 0x9e3779b97f4a7c15ull;
+  return digest ^ (digest >> 29);
+}
+
 // --- route ---------------------------------------------------------------------------------------
 
 struct RouteTables {          // who goes where; D lanes, see Exchange
@@ -41,6 +47,7 @@ struct Route {
   std::vector<uint32_t> lane_counts;    // [D] rows in each lane, all rounds
   std::vector<uint32_t> rank_counts;    // [R] rows each rank will receive of us
   std::vector<uint32_t> expert_counts;  // [R * L] (token, expert) copies, by global expert id
+  uint64_t digest = 0;                  // of topk_idx and its shape
 };
 
 // topk_idx [T, K] int64 -> lane_rows [T, D] int32: the token's row in each lane, counted from the first token of the

@@ -33,6 +33,7 @@ Header Exchange::make_header(const Call& call, uint64_t epoch) const {
   header.tokens = call.error.ok() ? call.num_tokens : 0;
   header.version = kAbiVersion;
   header.agreed = call.agreed;
+  header.routing = call.routes.digest;
   if (!call.error.ok()) set_text(header, call.error.text());
   return header;
 }

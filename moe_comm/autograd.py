@@ -178,8 +178,8 @@ def _(
 
 def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     buffer, x, _, topk_weights, *_ = inputs
-    ctx.buffer, ctx.like_dtype, ctx.has_weights = buffer, x.dtype, topk_weights is not None
-    ctx.shape = output[0].shape
+    ctx.buffer, ctx.like_dtype = buffer, x.dtype
+    ctx.shape, ctx.weights_shape = output[0].shape, output[2].shape
     ctx.save_for_backward(*output[3][:ANCHOR])
     ctx.set_materialize_grads(False)
 
@@ -190,7 +190,9 @@ def _dispatch_op_backward(
     handle = list(ctx.saved_tensors)
     if grad_x is None:
         grad_x = torch.zeros(ctx.shape, dtype=ctx.like_dtype, device=handle[0].device)
-    if ctx.has_weights and grad_weights is not None:
+    if ctx.needs_input_grad[3]:  # decided alike on every rank, whoever looked at its weights
+        if grad_weights is None:
+            grad_weights = torch.zeros(ctx.weights_shape, device=handle[0].device)
         back, back_weights = torch.ops.moe_comm.combine_columns(
             ctx.buffer, grad_x, handle, grad_weights
         )
@@ -211,7 +213,8 @@ def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _combine_op_backward(ctx: Any, grad: Tensor) -> tuple:
-    handle, rest = list(ctx.saved_tensors[:ANCHOR]), ctx.saved_tensors[ANCHOR:]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes at the first look and refuses a second
+    handle, rest = list(saved[:ANCHOR]), saved[ANCHOR:]
     rows = torch.ops.moe_comm.dispatch_again(ctx.buffer, grad, handle, ctx.shape)
     y, weights = rest if rest else (rows, None)
     grad_y, grad_weights = _combine_backward(rows, y, weights)
@@ -291,7 +294,7 @@ class DispatchFunction(torch.autograd.Function):
         out, idx, weights, handle = _dispatch(
             buffer, x, topk_idx, topk_weights, num_experts, layout, alignment, capacity
         )
-        ctx.buffer, ctx.has_weights, ctx.like = buffer, topk_weights is not None, (x.dtype, x.shape[1])
+        ctx.buffer, ctx.like, ctx.weights_shape = buffer, (x.dtype, x.shape[1]), weights.shape
         ctx.save_for_backward(*handle[:ANCHOR])
         ctx.mark_non_differentiable(idx, *handle[:ANCHOR])
         ctx.set_materialize_grads(False)
@@ -301,7 +304,11 @@ class DispatchFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
         handle = Handle.from_tensors(list(ctx.saved_tensors))
         like = torch.empty((0, ctx.like[1]), dtype=ctx.like[0])
-        wanted = grads[2] if ctx.has_weights else None
+        wanted = grads[2]
+        if not ctx.needs_input_grad[3]:
+            wanted = None
+        elif wanted is None:
+            wanted = torch.zeros(ctx.weights_shape)
         result = _dispatch_backward(ctx.buffer, handle, like, grads[0], wanted)
         back, back_weights = result if isinstance(result, tuple) else (result, None)
         return None, back, None, back_weights, None, None, None, None
@@ -326,9 +333,10 @@ class CombineFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
-        handle = Handle.from_tensors(list(ctx.saved_tensors[:ANCHOR]))
+        saved = ctx.saved_tensors
+        handle = Handle.from_tensors(list(saved[:ANCHOR]))
         rows = ctx.buffer.dispatch(grad.contiguous(), handle=handle, layout=handle.layout).x
-        y, weights = ctx.saved_tensors[ANCHOR:] or (rows, None)
+        y, weights = saved[ANCHOR:] or (rows, None)
         grad_y, grad_weights = _combine_backward(rows, y, weights)
         anchors = [None] * ANCHOR + [grad.new_zeros(()) for _ in range(ctx.num_handle - ANCHOR)]
         return None, grad_y, grad_weights, grad if ctx.has_bias else None, *anchors

@@ -142,10 +142,6 @@ class Buffer:
         late = self.config.timeout_s if timeout_s is None else timeout_s
         return late, min(late, self.config.silence_s)
 
-    def number_of(self, epoch: int) -> int:
-        """Names one exchange of the group: the same number on every rank."""
-        return (self.serial << 40) | (epoch & ((1 << 40) - 1))
-
     def padded_capacity(self, capacity: int | None) -> int:
         """Rows per expert of the padded layout: as given, else R * max_tokens, which always suffices."""
         if capacity is not None:

@@ -341,7 +341,7 @@ class PendingDispatch:
             forward_tokens, forward_rows, forward_counts = take_forward(self.call, topology)
             handle = Handle(
                 group_key=self.buffer.group_key,
-                number=self.buffer.number_of(self.call.epochs[0]),
+                number=self.call.identity,
                 rank=topology.rank, hops=self.buffer.hops, layout=self.request.layout,
                 num_experts=self.call.num_experts, topk=self.request.topk_idx.shape[1],
                 num_tokens=self.call.num_tokens, num_places=self.places, place_shape=self.shape,

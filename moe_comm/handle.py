@@ -22,7 +22,7 @@ class Handle:
     """
 
     group_key: int  # of the EPGroup: a handle of another group is refused
-    number: int  # which dispatch of the group: Buffer's serial, epoch; the same on all ranks
+    number: int  # names the dispatch: a digest of all ranks' routing, the same on all ranks
     rank: int
     hops: str
     layout: str

@@ -11,26 +11,11 @@ import traceback
 from multiprocessing.connection import wait as wait_for
 
 import pytest
-import torch
-import torch.distributed as dist
-
 import moe_comm
+from rank_process import rank_main
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm"])
-
-
-def _rank_main(fn, rank, num_ranks, store_path, pipe, environment, args):
-    torch.set_num_threads(1)
-    os.environ.update(environment)  # the fork server knows those of its own start only
-    try:
-        group = moe_comm.EPGroup.from_store(
-            dist.FileStore(store_path, num_ranks), rank, num_ranks, timeout_s=60
-        )
-        pipe.send(("ok", fn(rank, group, *args)))
-    except BaseException:
-        pipe.send(("error", traceback.format_exc()))
-    pipe.close()
 
 
 class RanksFailed(AssertionError):
@@ -54,7 +39,7 @@ def run_ranks(tmp_path):
         for rank in range(num_ranks):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_rank_main,
+                target=rank_main,
                 args=(fn, rank, num_ranks, store_path, theirs, environment, args),
                 daemon=True,
             )

@@ -1,0 +1,22 @@
+"""The main function of a test's rank process: in a module of its own, so that it can be found by name."""
+
+import os
+import traceback
+
+import torch
+import torch.distributed as dist
+
+import moe_comm
+
+
+def rank_main(fn, rank, num_ranks, store_path, pipe, environment, args):
+    torch.set_num_threads(1)
+    os.environ.update(environment)  # the fork server knows those of its own start only
+    try:
+        group = moe_comm.EPGroup.from_store(
+            dist.FileStore(store_path, num_ranks), rank, num_ranks, timeout_s=60
+        )
+        pipe.send(("ok", fn(rank, group, *args)))
+    except BaseException:
+        pipe.send(("error", traceback.format_exc()))
+    pipe.close()
