@@ -1,6 +1,8 @@
-// What two sides must agree on: read by g++ (csrc), nvcc and NVRTC (kernels), and, as numpy dtypes, by Python.
+// What two sides must agree on: read by g++ (csrc), nvcc and NVRTC (kernels), and, as numpy dtypes,
+// by Python.
 //
-// No standard header under __CUDACC_RTC__: NVRTC has none. Everything here is fixed-width and little-endian.
+// No standard header under __CUDACC_RTC__: NVRTC has none. Everything here is fixed-width and
+// little-endian.
 #pragma once
 
 #ifdef __CUDACC_RTC__
@@ -24,19 +26,20 @@ using int64_t = long long;
 namespace moe_comm {
 
 constexpr uint32_t kAbiVersion = 1;
-constexpr uint32_t kRowAlignment = 16;     // every row, offset and length of the exchange is a multiple of this
-constexpr uint32_t kHeaderBytes = 256;     // in front of the counts and rows of every window
+constexpr uint32_t kRowAlignment =
+    16;  // every row, offset and length of the exchange is a multiple of this
+constexpr uint32_t kHeaderBytes = 256;      // in front of the counts and rows of every window
 constexpr uint32_t kHeaderTextBytes = 168;  // an error's text, cut, zero-terminated
-constexpr uint32_t kNumBanks = 2;          // every window exists twice: even and odd epochs
-
+constexpr uint32_t kNumBanks = 2;           // every window exists twice: even and odd epochs
 
 // --- the ring ------------------------------------------------------------------------------------
 
 // NOTE [command layout] One transfer wanted by a GPU or CPU kernel: H2.
 //   word 0:  lap 1 · channel 15 · local offset / 16  32 · epoch 16 (only its low 6 bits travel)
 //   word 1:  lap 1 · bytes / 16  31 · remote offset / 16  32
-// Both words carry the lap bit of the pass over the ring in which they were written; a command is taken when both
-// show it, so it does not matter in which order (or whether in one piece) the two words land.
+// Both words carry the lap bit of the pass over the ring in which they were written; a command is
+// taken when both show it, so it does not matter in which order (or whether in one piece) the two
+// words land.
 struct Command {
   uint64_t word0;
   uint64_t word1;
@@ -57,7 +60,8 @@ MOE_COMM_HOST_DEVICE inline Command pack_command(const Transfer& t, uint32_t lap
   Command c;
   c.word0 = lap_bit | (static_cast<uint64_t>(t.channel & 0x7fffu) << 48) |
             ((t.local_offset >> 4 & 0xffffffffull) << 16) | (t.epoch & 0xffffu);
-  c.word1 = lap_bit | ((t.num_bytes >> 4 & 0x7fffffffull) << 32) | (t.remote_offset >> 4 & 0xffffffffull);
+  c.word1 =
+      lap_bit | ((t.num_bytes >> 4 & 0x7fffffffull) << 32) | (t.remote_offset >> 4 & 0xffffffffull);
   return c;
 }
 
@@ -76,8 +80,9 @@ MOE_COMM_HOST_DEVICE inline Transfer unpack_command(const Command& c) {
 // NOTE [immediate layout] 32 bits delivered with a write.
 //   protocol: 0 · table row 19 · epoch 6 · (writes of this message - 1) 6
 //   user:     1 · value 31
-// The row was handed out by the receiver when the channel was made; everything wide (buffer, window, source, full
-// epoch) stands in the receiver's table. Epochs are told apart modulo 64; at most two of a row are ever in flight.
+// The row was handed out by the receiver when the channel was made; everything wide (buffer,
+// window, source, full epoch) stands in the receiver's table. Epochs are told apart modulo 64; at
+// most two of a row are ever in flight.
 constexpr uint32_t kUserImmediateBit = 1u << 31;
 constexpr uint32_t kImmediateRows = 1u << 19;
 constexpr uint32_t kEpochBits = 6;
@@ -87,7 +92,8 @@ struct Immediate {
   uint32_t bits;
 
   MOE_COMM_HOST_DEVICE static Immediate user(uint32_t value) { return {kUserImmediateBit | value}; }
-  MOE_COMM_HOST_DEVICE static Immediate protocol(uint32_t row, uint64_t epoch, uint32_t num_writes) {
+  MOE_COMM_HOST_DEVICE static Immediate protocol(uint32_t row, uint64_t epoch,
+                                                 uint32_t num_writes) {
     return {(row & (kImmediateRows - 1)) << 12 | static_cast<uint32_t>(epoch & 63u) << 6 |
             ((num_writes - 1) & 63u)};
   }
@@ -109,21 +115,24 @@ enum HeaderStatus : uint32_t {
   kHeaderLost = 3,     // likewise: `origin` died
 };
 
-// What every rank must pass alike to one call. Compared field by field, so that an error names the argument.
+// What every rank must pass alike to one call. Compared field by field, so that an error names the
+// argument.
 struct Agreed {
   uint32_t num_experts;    // 0 in a combine
   uint32_t payload_bytes;  // of one row
   uint32_t scale_bytes;    // of one row, 0: none
   uint32_t topk;
-  uint32_t dtype;          // code of the payload's dtype, as in moe_comm/layout.py
+  uint32_t dtype;  // code of the payload's dtype, as in moe_comm/layout.py
   uint32_t row_bytes;
-  uint32_t flags;          // bit 0: rows carry top-k ids and weights; bit 1: fp32 columns; bit 2: from a cached handle
+  uint32_t flags;  // bit 0: rows carry top-k ids and weights; bit 1: fp32 columns; bit 2: from a
+                   // cached handle
   uint32_t reserved;
-  uint64_t identity;       // combine and cached dispatch: which dispatch this belongs to; else 0
+  uint64_t identity;  // combine and cached dispatch: which dispatch this belongs to; else 0
 };
 
-// In front of every window, in the same write as its rows. Sent in every exchange, even with no rows. Behind it come
-// the counts (dispatch, first round) and then the rows, at an offset that both sides compute from the call.
+// In front of every window, in the same write as its rows. Sent in every exchange, even with no
+// rows. Behind it come the counts (dispatch, first round) and then the rows, at an offset that both
+// sides compute from the call.
 struct Header {
   uint64_t epoch;
   uint32_t kind;        // ExchangeKind
@@ -135,23 +144,28 @@ struct Header {
   uint32_t total_rows;  // rows for the reader of this window, over all rounds
   uint32_t version;     // kAbiVersion
   Agreed agreed;        // of the rank that wrote the window
-  uint64_t routing;     // fresh dispatch, first round: digest of the source's topk_idx; all together name the dispatch
+  uint64_t routing;  // fresh dispatch, first round: digest of the source's topk_idx; all together
+                     // name the dispatch
   char text[kHeaderTextBytes];
 };
 
-// --- words a GPU or a CPU thread waits for --------------------------------------------------------
+// --- words a GPU or a CPU thread waits for
+// --------------------------------------------------------
 
-using Counter = uint64_t;  // monotonic; holds an epoch or a count; written by one agent, never reset
+using Counter =
+    uint64_t;  // monotonic; holds an epoch or a count; written by one agent, never reset
 
-// NOTE [heartbeat word] count · 4 | state. Written by the rank itself (into its own control block, and into the one
-// of each link peer), so a reader learns in one load whether it lives and whether it said goodbye or gave up.
+// NOTE [heartbeat word] count · 4 | state. Written by the rank itself (into its own control block,
+// and into the one of each link peer), so a reader learns in one load whether it lives and whether
+// it said goodbye or gave up.
 enum RankState : uint64_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 
 #ifndef __CUDACC_RTC__
 static_assert(sizeof(Command) == 16);
 static_assert(sizeof(Immediate) == 4);
 static_assert(sizeof(Agreed) == 40);
-static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, agreed) == 40 && offsetof(Header, text) == 88);
+static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, agreed) == 40 &&
+              offsetof(Header, text) == 88);
 #endif
 
 }  // namespace moe_comm

@@ -1,4 +1,5 @@
-// The Python module moe_comm._engine: converts types, releases the GIL, decides nothing. Only file that throws.
+// The Python module moe_comm._engine: converts types, releases the GIL, decides nothing. Only file
+// that throws.
 //
 // Imports without torch: tensors come as addresses, descriptors and addresses of peers as bytes.
 #include <pybind11/functional.h>
@@ -24,7 +25,8 @@ struct Exceptions {
 };
 Exceptions exceptions;
 
-PyObject* add_exception(py::module_& m, const char* name, const char* doc, std::vector<PyObject*> bases) {
+PyObject* add_exception(py::module_& m, const char* name, const char* doc,
+                        std::vector<PyObject*> bases) {
   py::tuple tuple(bases.size());
   for (size_t i = 0; i < bases.size(); ++i) tuple[i] = py::reinterpret_borrow<py::object>(bases[i]);
   const std::string full = std::string("moe_comm._engine.") + name;
@@ -90,20 +92,26 @@ std::vector<std::byte> from_bytes(const py::bytes& bytes) {
 }
 using NameTuple = std::tuple<int64_t, int64_t, uint64_t, uint64_t>;
 NameTuple to_tuple(const SegmentName& n) { return {n.pid, n.fd, n.inode, n.num_bytes}; }
-SegmentName from_tuple(const NameTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)}; }
+SegmentName from_tuple(const NameTuple& t) {
+  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
 
 // A property that takes an address (0: null) and keeps a typed pointer.
 template <typename Class, typename Pointer>
-void pointer(Class& c, const char* name, Pointer Call::*member) {
+void pointer(Class& c, const char* name, Pointer Call::* member) {
   c.def_property(
       name, [member](const Call& call) { return reinterpret_cast<uintptr_t>(call.*member); },
-      [member](Call& call, uintptr_t address) { call.*member = reinterpret_cast<Pointer>(address); });
+      [member](Call& call, uintptr_t address) {
+        call.*member = reinterpret_cast<Pointer>(address);
+      });
 }
 template <typename Class, typename Pointer>
-void source_pointer(Class& c, const char* name, Pointer TokenSource::*member) {
+void source_pointer(Class& c, const char* name, Pointer TokenSource::* member) {
   c.def_property(
       name, [member](const Call& call) { return reinterpret_cast<uintptr_t>(call.source.*member); },
-      [member](Call& call, uintptr_t address) { call.source.*member = reinterpret_cast<Pointer>(address); });
+      [member](Call& call, uintptr_t address) {
+        call.source.*member = reinterpret_cast<Pointer>(address);
+      });
 }
 
 void bind_call(py::module_& m) {
@@ -113,20 +121,24 @@ void bind_call(py::module_& m) {
     call->kind = static_cast<ExchangeKind>(kind);
     return call;
   }));
-  c.def("set_format", [](Call& call, uint32_t payload, uint32_t scale, uint32_t scales_at, uint32_t token_at,
-                         uint32_t ids_at, uint32_t weights_at, uint32_t topk, uint32_t row) {
-    call.format = {payload, scale, scales_at, token_at, ids_at, weights_at, topk, row};
-  });
+  c.def("set_format",
+        [](Call& call, uint32_t payload, uint32_t scale, uint32_t scales_at, uint32_t token_at,
+           uint32_t ids_at, uint32_t weights_at, uint32_t topk, uint32_t row) {
+          call.format = {payload, scale, scales_at, token_at, ids_at, weights_at, topk, row};
+        });
   c.def("set_agreed", [](Call& call, uint32_t dtype, uint32_t flags, uint64_t identity) {
     const RowFormat& f = call.format;
     call.dtype = static_cast<DType>(dtype);
-    call.agreed = {call.num_experts, f.payload_bytes, f.scale_bytes, f.topk, dtype, f.row_bytes, flags, 0, identity};
+    call.agreed = {
+        call.num_experts, f.payload_bytes, f.scale_bytes, f.topk, dtype, f.row_bytes, flags, 0,
+        identity};
   });
   c.def("set_timeouts", [](Call& call, double late_s, double silent_s) {
     call.timeouts.late_s = late_s;
     call.timeouts.silent_s = silent_s;
   });
-  c.def("set_error", [](Call& call, const std::string& text) { call.error = Status(Code::kInvalid, text); });
+  c.def("set_error",
+        [](Call& call, const std::string& text) { call.error = Status(Code::kInvalid, text); });
   c.def_property_readonly("failed", [](const Call& call) { return !call.failure.ok(); });
   c.def("raise_failure", [](const Call& call) { check(call.failure); });
   c.def("prepare_forward", [](Call& call, uint32_t num_nodes, uint32_t node_ranks) {
@@ -134,13 +146,15 @@ void bind_call(py::module_& m) {
     call.forward_rows.resize(num_nodes);
     call.forwarded_rows.assign(static_cast<size_t>(num_nodes) * node_ranks, 0);
   });
-  c.def("set_forward", [](Call& call, uint32_t node, uintptr_t tokens, uintptr_t rows, size_t num_rows, uint32_t G) {
+  c.def("set_forward", [](Call& call, uint32_t node, uintptr_t tokens, uintptr_t rows,
+                          size_t num_rows, uint32_t G) {
     const auto* t = reinterpret_cast<const int32_t*>(tokens);
     const auto* r = reinterpret_cast<const int32_t*>(rows);
     call.forward_tokens[node].assign(t, t + num_rows);
     call.forward_rows[node].assign(r, r + num_rows * G);
   });
-  c.def("forward_size", [](const Call& call, uint32_t node) { return call.forward_tokens[node].size(); });
+  c.def("forward_size",
+        [](const Call& call, uint32_t node) { return call.forward_tokens[node].size(); });
   c.def("copy_forward", [](const Call& call, uint32_t node, uintptr_t tokens, uintptr_t rows) {
     const auto& t = call.forward_tokens[node];
     const auto& r = call.forward_rows[node];
@@ -167,8 +181,10 @@ void bind_call(py::module_& m) {
       .def_readwrite("out_stride", &Call::out_stride)
       .def_readonly("epochs", &Call::epochs)
       .def_readonly("identity", &Call::identity)
-      .def_property_readonly("rank_counts", [](const Call& call) { return call.routes.rank_counts; })
-      .def_property_readonly("lane_counts", [](const Call& call) { return call.routes.lane_counts; });
+      .def_property_readonly("rank_counts",
+                             [](const Call& call) { return call.routes.rank_counts; })
+      .def_property_readonly("lane_counts",
+                             [](const Call& call) { return call.routes.lane_counts; });
   c.def_property(
       "x_stride", [](const Call& call) { return call.source.x_stride; },
       [](Call& call, int64_t stride) { call.source.x_stride = stride; });
@@ -199,7 +215,8 @@ void bind_call(py::module_& m) {
 void bind_exchange(py::module_& m) {
   using Self = Exchange;
   py::class_<Self>(m, "Exchange")
-      .def(py::init([](Engine& engine, const py::dict& shape, const py::dict& offsets, uint64_t first_epoch) {
+      .def(py::init([](Engine& engine, const py::dict& shape, const py::dict& offsets,
+                       uint64_t first_epoch) {
              GroupShape s;
              s.rank = shape["rank"].cast<uint32_t>();
              s.num_ranks = shape["num_ranks"].cast<uint32_t>();
@@ -213,7 +230,8 @@ void bind_exchange(py::module_& m) {
              const auto at = [&](const char* name) { return offsets[name].cast<uint64_t>(); };
              o = {at("beats"), at("commits"), at("releases"), at("sents"), at("slots"),
                   at("links"), at("sends"),   at("stride"),   at("total")};
-             auto made = unlocked([&] { return Exchange::create(engine, std::move(s), o, first_epoch); });
+             auto made =
+                 unlocked([&] { return Exchange::create(engine, std::move(s), o, first_epoch); });
              return check(std::move(made));
            }),
            py::keep_alive<1, 2>())
@@ -224,28 +242,39 @@ void bind_exchange(py::module_& m) {
              auto rows = check(unlocked([&] { return self.open_rows(rank); }));
              return std::make_tuple(rows.window, rows.release);
            })
-      .def("map_peer",
-           [](Self& self, uint32_t rank, const NameTuple& name) { check(self.map_peer(rank, from_tuple(name))); })
+      .def("map_peer", [](Self& self, uint32_t rank,
+                          const NameTuple& name) { check(self.map_peer(rank, from_tuple(name))); })
       .def("link_peer",
-           [](Self& self, uint32_t rank, uint32_t engine_peer, const py::bytes& region, uint32_t window,
-              uint32_t release) {
+           [](Self& self, uint32_t rank, uint32_t engine_peer, const py::bytes& region,
+              uint32_t window, uint32_t release) {
              const auto parsed = check(parse_region(from_bytes(region)));
-             check(unlocked([&] { return self.link_peer(rank, engine_peer, parsed, {window, release}); }));
+             check(unlocked(
+                 [&] { return self.link_peer(rank, engine_peer, parsed, {window, release}); }));
            })
       .def("start", [](Self& self) { unlocked([&] { self.start(); }); })
       .def_property_readonly("num_lanes", &Self::num_lanes)
       .def_property_readonly("next_epoch", &Self::next_epoch)
-      .def("route", [](Self& self, Call& call) { check(unlocked([&] { return self.route_tokens(call); })); })
+      .def("route",
+           [](Self& self, Call& call) { check(unlocked([&] { return self.route_tokens(call); })); })
       .def("send",
-           [](Self& self, const std::shared_ptr<Call>& call) { check(unlocked([&] { return self.send(call); })); })
-      .def("wait_headers", [](Self& self, Call& call) { check(unlocked([&] { return self.wait_headers(call); })); })
+           [](Self& self, const std::shared_ptr<Call>& call) {
+             check(unlocked([&] { return self.send(call); }));
+           })
+      .def("wait_headers",
+           [](Self& self, Call& call) { check(unlocked([&] { return self.wait_headers(call); })); })
       .def("receive",
-           [](Self& self, Call& call, uint32_t round) { check(unlocked([&] { return self.receive(call, round); })); })
-      .def("finish", [](Self& self, Call& call) { check(unlocked([&] { return self.finish(call); })); })
+           [](Self& self, Call& call, uint32_t round) {
+             check(unlocked([&] { return self.receive(call, round); }));
+           })
+      .def("finish",
+           [](Self& self, Call& call) { check(unlocked([&] { return self.finish(call); })); })
       .def("fail",
-           [](Self& self, const std::string& text) { unlocked([&] { self.fail({Code::kPeerLost, text}); }); })
+           [](Self& self, const std::string& text) {
+             unlocked([&] { self.fail({Code::kPeerLost, text}); });
+           })
       .def("raise_fault", [](Self& self) { check(self.fault()); })
-      .def("close", [](Self& self, double seconds) { check(unlocked([&] { return self.close(seconds); })); })
+      .def("close",
+           [](Self& self, double seconds) { check(unlocked([&] { return self.close(seconds); })); })
       .def("stats", [](Self& self) {
         const ExchangeStats& s = self.stats();
         py::dict d;
@@ -258,22 +287,26 @@ void bind_exchange(py::module_& m) {
       });
 }
 
-struct SharedBuffer {  // a shared segment with the buffer protocol: memory that shm peers write without a system call
+struct SharedBuffer {  // a shared segment with the buffer protocol: memory that shm peers write
+                       // without a system call
   SharedSegment segment;
 };
 
 void bind_engine(py::module_& m) {
   py::class_<Operation, std::shared_ptr<Operation>>(m, "Operation")
       .def_property_readonly("done", &Operation::done)
-      .def("wait", [](Operation& self, double seconds) { return unlocked([&] { return self.wait(seconds); }); })
+      .def("wait", [](Operation& self,
+                      double seconds) { return unlocked([&] { return self.wait(seconds); }); })
       .def("raise_status", [](Operation& self) { check(self.status()); });
   py::class_<SharedBuffer>(m, "SharedBuffer", py::buffer_protocol())
       .def(py::init([](size_t num_bytes) {
         return SharedBuffer{check(SharedSegment::create("moe_comm:buffer", num_bytes))};
       }))
-      .def_property_readonly("address",
-                             [](SharedBuffer& self) { return reinterpret_cast<uintptr_t>(self.segment.data()); })
-      .def_property_readonly("name", [](SharedBuffer& self) { return to_tuple(self.segment.name()); })
+      .def_property_readonly(
+          "address",
+          [](SharedBuffer& self) { return reinterpret_cast<uintptr_t>(self.segment.data()); })
+      .def_property_readonly("name",
+                             [](SharedBuffer& self) { return to_tuple(self.segment.name()); })
       .def_buffer([](SharedBuffer& self) {
         return py::buffer_info(reinterpret_cast<uint8_t*>(self.segment.data()),
                                static_cast<py::ssize_t>(self.segment.bytes().size()));
@@ -285,18 +318,22 @@ void bind_engine(py::module_& m) {
              EngineOptions options{transport, interface, secret, shard_bytes, chaos_seed};
              return check(unlocked([&] { return Engine::open(options); }));
            }),
-           py::arg("transport") = "shm", py::arg("interface") = "", py::arg("secret") = 0, py::arg("shard_bytes") = 0,
-           py::arg("chaos_seed") = 0)
+           py::arg("transport") = "shm", py::arg("interface") = "", py::arg("secret") = 0,
+           py::arg("shard_bytes") = 0, py::arg("chaos_seed") = 0)
       .def_property_readonly("transport", [](Self& self) { return self.transport_name(); })
-      .def_property_readonly("address", [](Self& self) { return to_bytes(self.proxy().info().address); })
+      .def_property_readonly("address",
+                             [](Self& self) { return to_bytes(self.proxy().info().address); })
       .def("register",
            [](Self& self, uintptr_t address, size_t num_bytes) {
              const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(address), num_bytes);
              return check(unlocked([&] { return self.register_memory(bytes, MemoryKind::kHost); }));
            })
-      .def("forget", [](Self& self, uint64_t region) { check(unlocked([&] { return self.forget(region); })); })
+      .def("forget", [](Self& self,
+                        uint64_t region) { check(unlocked([&] { return self.forget(region); })); })
       .def("describe",
-           [](Self& self, uint64_t region) { return to_bytes(serialise(describe(*check(self.region(region))))); })
+           [](Self& self, uint64_t region) {
+             return to_bytes(serialise(describe(*check(self.region(region)))));
+           })
       .def("connect",
            [](Self& self, const py::bytes& address) {
              const auto bytes = from_bytes(address);
@@ -306,37 +343,43 @@ void bind_engine(py::module_& m) {
            [](Self& self, uint32_t peer, double seconds) {
              check(unlocked([&] { return self.wait_ready(peer, seconds); }));
            })
-      .def("disconnect", [](Self& self, uint32_t peer) { unlocked([&] { self.proxy().disconnect(peer); }); })
+      .def("disconnect",
+           [](Self& self, uint32_t peer) { unlocked([&] { self.proxy().disconnect(peer); }); })
       .def("peer_state",
            [](Self& self, uint32_t peer) {
              const char* names[] = {"connecting", "ready", "lost"};
-             return std::make_tuple(std::string(names[static_cast<int>(self.proxy().peer_state(peer))]),
-                                    self.proxy().peer_status(peer).text());
+             return std::make_tuple(
+                 std::string(names[static_cast<int>(self.proxy().peer_state(peer))]),
+                 self.proxy().peer_status(peer).text());
            })
-      // writes: (peer, local region, local offset, bytes, descriptor, remote offset, immediate or -1)
+      // writes: (peer, local region, local offset, bytes, descriptor, remote offset, immediate or
+      // -1)
       .def("write",
-           [](Self& self, const std::vector<std::tuple<uint32_t, uint64_t, uint64_t, uint64_t, py::bytes, uint64_t,
-                                                       int64_t>>& writes) {
+           [](Self& self, const std::vector<std::tuple<uint32_t, uint64_t, uint64_t, uint64_t,
+                                                       py::bytes, uint64_t, int64_t>>& writes) {
              struct Held {
                std::vector<std::shared_ptr<const MemoryRegion>> locals;
                std::deque<RemoteRegion> remotes;
              };
              auto held = std::make_shared<Held>();
              std::vector<Proxy::UserWrite> out;
-             for (const auto& [peer, region, offset, num_bytes, descriptor, remote_offset, immediate] : writes) {
+             for (const auto& [peer, region, offset, num_bytes, descriptor, remote_offset,
+                               immediate] : writes) {
                held->locals.push_back(check(self.region(region)));
                held->remotes.push_back(check(parse_region(from_bytes(descriptor))));
                const MemoryRegion& local = *held->locals.back();
                const RemoteRegion& remote = held->remotes.back();
-               if (offset + num_bytes > local.bytes.size() || remote_offset + num_bytes > remote.num_bytes) {
-                 check(Status(Code::kInvalid,
-                              "write: " + std::to_string(num_bytes) + " bytes at offset " + std::to_string(offset) +
-                                  " of " + std::to_string(local.bytes.size()) + " to offset " +
-                                  std::to_string(remote_offset) + " of " + std::to_string(remote.num_bytes) +
-                                  ": outside the region"));
+               if (offset + num_bytes > local.bytes.size() ||
+                   remote_offset + num_bytes > remote.num_bytes) {
+                 check(Status(Code::kInvalid, "write: " + std::to_string(num_bytes) +
+                                                  " bytes at offset " + std::to_string(offset) +
+                                                  " of " + std::to_string(local.bytes.size()) +
+                                                  " to offset " + std::to_string(remote_offset) +
+                                                  " of " + std::to_string(remote.num_bytes) +
+                                                  ": outside the region"));
                }
-               out.push_back({peer, &local, offset, num_bytes, &remote, remote_offset, immediate >= 0,
-                              static_cast<uint32_t>(immediate)});
+               out.push_back({peer, &local, offset, num_bytes, &remote, remote_offset,
+                              immediate >= 0, static_cast<uint32_t>(immediate)});
              }
              return unlocked([&] { return self.proxy().submit(std::move(out), held); });
            })
@@ -344,7 +387,8 @@ void bind_engine(py::module_& m) {
            [](Self& self, uint32_t value, uint64_t count, double seconds) {
              return unlocked([&] { return self.proxy().take_immediates(value, count, seconds); });
            })
-      .def("count_immediates", [](Self& self, uint32_t value) { return self.proxy().count_immediates(value); })
+      .def("count_immediates",
+           [](Self& self, uint32_t value) { return self.proxy().count_immediates(value); })
       .def("wait_immediates",
            [](Self& self, uint64_t seen, double seconds) {
              return unlocked([&] { return self.proxy().wait_immediates(seen, seconds); });
@@ -378,18 +422,22 @@ py::dict to_dict(const TransportReport& report) {
 
 PYBIND11_MODULE(_engine, m) {
   m.doc() = "The engine of moe_comm in C++: transports, proxy, and the CPU's exchange.";
-  exceptions.base = add_exception(m, "MoeCommError", "Base of every error of moe_comm.", {PyExc_RuntimeError});
-  exceptions.argument = add_exception(m, "ArgumentError", "A wrong argument of this rank: name, expected, found.",
-                                      {exceptions.base, PyExc_ValueError});
-  exceptions.peer = add_exception(m, "PeerError", "Another rank raised in the same call; its text follows.",
-                                  {exceptions.base});
-  exceptions.mismatch =
-      add_exception(m, "MismatchError", "Ranks passed different parameters to the same call.", {exceptions.peer});
-  exceptions.timeout = add_exception(m, "PeerTimeout", "A peer that lives did not come before the deadline.",
-                                     {exceptions.base, PyExc_TimeoutError});
-  exceptions.lost = add_exception(m, "PeerLost", "A peer died, left, or gave up.", {exceptions.base, PyExc_ConnectionError});
-  exceptions.transport = add_exception(m, "TransportError", "A call of the network or the system failed.",
-                                       {exceptions.base});
+  exceptions.base =
+      add_exception(m, "MoeCommError", "Base of every error of moe_comm.", {PyExc_RuntimeError});
+  exceptions.argument =
+      add_exception(m, "ArgumentError", "A wrong argument of this rank: name, expected, found.",
+                    {exceptions.base, PyExc_ValueError});
+  exceptions.peer = add_exception(
+      m, "PeerError", "Another rank raised in the same call; its text follows.", {exceptions.base});
+  exceptions.mismatch = add_exception(
+      m, "MismatchError", "Ranks passed different parameters to the same call.", {exceptions.peer});
+  exceptions.timeout =
+      add_exception(m, "PeerTimeout", "A peer that lives did not come before the deadline.",
+                    {exceptions.base, PyExc_TimeoutError});
+  exceptions.lost = add_exception(m, "PeerLost", "A peer died, left, or gave up.",
+                                  {exceptions.base, PyExc_ConnectionError});
+  exceptions.transport = add_exception(
+      m, "TransportError", "A call of the network or the system failed.", {exceptions.base});
   exceptions.closed = add_exception(m, "ClosedError", "Used after close().", {exceptions.base});
   m.attr("ABI_VERSION") = kAbiVersion;
   m.attr("HEADER_BYTES") = kHeaderBytes;
@@ -402,10 +450,12 @@ PYBIND11_MODULE(_engine, m) {
     auto segment = SharedSegment::open(from_tuple(name));
     uint64_t found = 0;
     if (segment.ok()) std::memcpy(&found, segment.value().data(), sizeof found);
-    return std::make_tuple(segment.ok() && found == secret, segment.ok() ? std::string() : segment.status().text());
+    return std::make_tuple(segment.ok() && found == secret,
+                           segment.ok() ? std::string() : segment.status().text());
   });
   m.def("wait_word", [](uintptr_t address, uint64_t old, double seconds) {
-    return unlocked([&] { return wait_change(*reinterpret_cast<Counter*>(address), old, seconds); });
+    return unlocked(
+        [&] { return wait_change(*reinterpret_cast<Counter*>(address), old, seconds); });
   });
   m.def("transports", [] {
     std::vector<py::dict> out{to_dict(probe_shm())};

@@ -1,7 +1,9 @@
-// Immediates to counters: the receiver's table of rows, each of which publishes completed epochs into two words. H5.
+// Immediates to counters: the receiver's table of rows, each of which publishes completed epochs
+// into two words. H5.
 //
-// The immediate only says which row, which epoch modulo 64, and how many writes the message has; everything wide stands
-// here. Immediates of one message come in any order, and those of two epochs (one per bank) may be mixed.
+// The immediate only says which row, which epoch modulo 64, and how many writes the message has;
+// everything wide stands here. Immediates of one message come in any order, and those of two epochs
+// (one per bank) may be mixed.
 #pragma once
 
 #include <atomic>
@@ -16,9 +18,11 @@
 
 namespace moe_comm {
 
-// Where a row's completed epochs go. The words and the doorbell outlive the row (the owner closes the row first).
+// Where a row's completed epochs go. The words and the doorbell outlive the row (the owner closes
+// the row first).
 struct RowTarget {
-  Counter* words[kNumBanks] = {nullptr, nullptr};  // words[b] = newest complete epoch with epoch % 2 == b
+  Counter* words[kNumBanks] = {nullptr,
+                               nullptr};  // words[b] = newest complete epoch with epoch % 2 == b
   Doorbell* bell = nullptr;
   std::string what;  // "rows of rank 3", for errors
 };
@@ -27,16 +31,19 @@ class RowTable {  // used by the proxy thread only
  public:
   Result<uint32_t> open(RowTarget target, uint64_t first_epoch) {
     uint32_t row = 0;
-    if (rows_.size() >= kImmediateRows) return Status(Code::kTransport, "no immediate rows left: restart the engine");
+    if (rows_.size() >= kImmediateRows)
+      return Status(Code::kTransport, "no immediate rows left: restart the engine");
     row = static_cast<uint32_t>(rows_.size());
     Row entry;
     entry.target = std::move(target);
     entry.open = true;
-    for (uint64_t e = first_epoch; e < first_epoch + kNumBanks; ++e) entry.expected[e % kNumBanks] = e;
+    for (uint64_t e = first_epoch; e < first_epoch + kNumBanks; ++e)
+      entry.expected[e % kNumBanks] = e;
     rows_.push_back(std::move(entry));
     return row;
   }
-  // A row is never handed out again, so a late immediate of an old connection cannot count for a new one.
+  // A row is never handed out again, so a late immediate of an old connection cannot count for a
+  // new one.
   void close(uint32_t row) { rows_[row].open = false; }
 
   // One immediate arrived. The error, if any, is a protocol error of the row's peer.
@@ -49,8 +56,9 @@ class RowTable {  // used by the proxy thread only
     const uint32_t bank = immediate.epoch() % kNumBanks;
     const uint64_t epoch = row.expected[bank];
     if ((epoch & 63u) != immediate.epoch()) {
-      return {Code::kTransport, row.target.what + ": an immediate of epoch " + std::to_string(immediate.epoch()) +
-                                    " (mod 64), expected " + std::to_string(epoch & 63u) + " (epoch " +
+      return {Code::kTransport, row.target.what + ": an immediate of epoch " +
+                                    std::to_string(immediate.epoch()) + " (mod 64), expected " +
+                                    std::to_string(epoch & 63u) + " (epoch " +
                                     std::to_string(epoch) + ")"};
     }
     if (++row.arrived[bank] < immediate.num_writes()) return {};

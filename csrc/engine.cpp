@@ -16,8 +16,9 @@ std::vector<std::byte> serialise(const RemoteRegion& region) {
 
 Result<RemoteRegion> parse_region(std::span<const std::byte> bytes) {
   if (bytes.size() < 24 || bytes.size() % 8 != 0) {
-    return Status(Code::kInvalid, "region descriptor: expected 24 bytes or more, a multiple of 8, got " +
-                                      std::to_string(bytes.size()));
+    return Status(Code::kInvalid,
+                  "region descriptor: expected 24 bytes or more, a multiple of 8, got " +
+                      std::to_string(bytes.size()));
   }
   std::vector<uint64_t> words(bytes.size() / 8);
   std::memcpy(words.data(), bytes.data(), bytes.size());
@@ -28,7 +29,8 @@ Result<RemoteRegion> parse_region(std::span<const std::byte> bytes) {
 
 Result<std::unique_ptr<Engine>> Engine::open(const EngineOptions& options) {
   Result<std::unique_ptr<Transport>> transport =
-      Status(Code::kInvalid, "transport: expected \"shm\" or \"fabric:<provider>\", got \"" + options.transport + '"');
+      Status(Code::kInvalid, "transport: expected \"shm\" or \"fabric:<provider>\", got \"" +
+                                 options.transport + '"');
   if (options.transport == "shm") {
     transport = open_shm(options.secret);
   } else if (options.transport.starts_with("fabric:")) {
@@ -56,7 +58,8 @@ Status Engine::forget(uint64_t number) {
   {
     std::lock_guard lock(mutex_);
     auto found = regions_.find(number);
-    if (found == regions_.end()) return {Code::kInvalid, "region " + std::to_string(number) + " is not registered"};
+    if (found == regions_.end())
+      return {Code::kInvalid, "region " + std::to_string(number) + " is not registered"};
     region = std::move(found->second);
     regions_.erase(found);
   }

@@ -1,4 +1,5 @@
-// What Python holds: one engine for each rank, with its proxy, its registered regions and its connected peers.
+// What Python holds: one engine for each rank, with its proxy, its registered regions and its
+// connected peers.
 #pragma once
 
 #include <map>
@@ -14,13 +15,14 @@ namespace moe_comm {
 
 struct EngineOptions {
   std::string transport = "shm";  // "shm", "fabric:<provider>"
-  std::string interface;          // device, interface or source address; empty: the backend's choice
+  std::string interface;  // device, interface or source address; empty: the backend's choice
   Secret secret = 0;
   uint64_t shard_bytes = 0;
-  uint64_t chaos_seed = 0;        // 0: off; else the transport delays and reorders (tests)
+  uint64_t chaos_seed = 0;  // 0: off; else the transport delays and reorders (tests)
 };
 
-// A region's descriptor: what a peer must know to write there. Bytes, so that it can travel by any means.
+// A region's descriptor: what a peer must know to write there. Bytes, so that it can travel by any
+// means.
 std::vector<std::byte> serialise(const RemoteRegion& region);
 Result<RemoteRegion> parse_region(std::span<const std::byte> bytes);
 
@@ -30,7 +32,8 @@ class Engine {
   Proxy& proxy() { return *proxy_; }
   const std::string& transport_name() const { return proxy_->info().name; }
 
-  // Regions by number, for Python. They stay registered until forgotten or until the engine is gone.
+  // Regions by number, for Python. They stay registered until forgotten or until the engine is
+  // gone.
   Result<uint64_t> register_memory(std::span<std::byte> bytes, MemoryKind kind);
   Status forget(uint64_t region);
   Result<std::shared_ptr<const MemoryRegion>> region(uint64_t number) const;

@@ -7,14 +7,14 @@
 
 namespace moe_comm {
 namespace {
-constexpr double kSlice = 0.05;     // seconds between looks at the peer waited for
-constexpr uint64_t kBeatAt = 64;    // offset of the own heartbeat word; the doorbell lies at 0
-}
+constexpr double kSlice = 0.05;   // seconds between looks at the peer waited for
+constexpr uint64_t kBeatAt = 64;  // offset of the own heartbeat word; the doorbell lies at 0
+}  // namespace
 
 // --- construction --------------------------------------------------------------------------------
 
-Result<std::unique_ptr<Exchange>> Exchange::create(Engine& engine, GroupShape shape, WindowOffsets offsets,
-                                                   uint64_t first_epoch) {
+Result<std::unique_ptr<Exchange>> Exchange::create(Engine& engine, GroupShape shape,
+                                                   WindowOffsets offsets, uint64_t first_epoch) {
   std::unique_ptr<Exchange> self(new Exchange(engine, std::move(shape), offsets, first_epoch));
   if (Status status = self->init(); !status.ok()) return status;
   return self;
@@ -32,7 +32,8 @@ Exchange::Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint
       first_epoch_(first_epoch),
       next_epoch_(first_epoch) {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
-    const uint32_t node_lane = is_local(r) ? shape_.local_of[r] : shape_.node_ranks + shape_.node_of[r];
+    const uint32_t node_lane =
+        is_local(r) ? shape_.local_of[r] : shape_.node_ranks + shape_.node_of[r];
     lane_of_rank_.push_back(static_cast<int32_t>(shape_.hops_node ? node_lane : r));
   }
 }
@@ -45,10 +46,12 @@ Status Exchange::init() {
   auto region = engine_.proxy().register_memory(segment_.bytes(), MemoryKind::kHost);
   if (!region.ok()) return region.status();
   region_ = std::move(region.value());
-  // Every word starts as if the two epochs before the first had been released, and no epoch had come.
+  // Every word starts as if the two epochs before the first had been released, and no epoch had
+  // come.
   for (uint64_t e = first_epoch_; e < first_epoch_ + kNumBanks; ++e) {
     const uint64_t before = e - kNumBanks;
-    for (uint32_t i = 0; i < shape_.num_ranks + shape_.num_nodes; ++i) commit_word(base_, e, i) = before;
+    for (uint32_t i = 0; i < shape_.num_ranks + shape_.num_nodes; ++i)
+      commit_word(base_, e, i) = before;
     for (uint32_t r = 0; r < shape_.num_ranks; ++r) release_word(base_, e, r) = before;
   }
   forwarded_until_ = first_epoch_ - 1;
@@ -61,8 +64,12 @@ std::vector<std::byte> Exchange::region() const { return serialise(moe_comm::des
 Result<Exchange::Rows> Exchange::open_rows(uint32_t rank) {
   const std::string who = "rank " + std::to_string(rank);
   const uint32_t index = shape_.hops_node ? shape_.num_ranks + shape_.node_of[rank] : rank;
-  RowTarget window{{&commit_word(base_, 0, index), &commit_word(base_, 1, index)}, &bell(base_), "rows of " + who};
-  RowTarget release{{&release_word(base_, 0, rank), &release_word(base_, 1, rank)}, &bell(base_), "releases of " + who};
+  RowTarget window{{&commit_word(base_, 0, index), &commit_word(base_, 1, index)},
+                   &bell(base_),
+                   "rows of " + who};
+  RowTarget release{{&release_word(base_, 0, rank), &release_word(base_, 1, rank)},
+                    &bell(base_),
+                    "releases of " + who};
   auto window_row = engine_.proxy().open_row(std::move(window), first_epoch_);
   if (!window_row.ok()) return window_row.status();
   auto release_row = engine_.proxy().open_row(std::move(release), first_epoch_);
@@ -74,7 +81,8 @@ Result<Exchange::Rows> Exchange::open_rows(uint32_t rank) {
 
 Status Exchange::map_peer(uint32_t rank, const SegmentName& name) {
   auto segment = SharedSegment::open(name);
-  if (!segment.ok()) return segment.status().with_prefix("windows of rank " + std::to_string(rank) + ": ");
+  if (!segment.ok())
+    return segment.status().with_prefix("windows of rank " + std::to_string(rank) + ": ");
   auto process = ProcessWatch::open(name.pid);
   if (!process.ok()) return process.status();
   peers_[rank].segment = std::move(segment.value());
@@ -83,21 +91,26 @@ Status Exchange::map_peer(uint32_t rank, const SegmentName& name) {
   return {};
 }
 
-Status Exchange::link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegion& region, Rows rows) {
+Status Exchange::link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegion& region,
+                           Rows rows) {
   Link& link = links_[rank];
   link.engine_peer = engine_peer;
   if (shape_.hops_node) {
-    // offsets_.links is laid out by node with the owner's own node left out; likewise the send regions
-    link.window_offset = offsets_.links + 2 * offsets_.stride * link_index(my_node_, shape_.node_of[rank]);
-    link.send_offset = offsets_.sends + 2 * offsets_.stride * link_index(shape_.node_of[rank], my_node_);
+    // offsets_.links is laid out by node with the owner's own node left out; likewise the send
+    // regions
+    link.window_offset =
+        offsets_.links + 2 * offsets_.stride * link_index(my_node_, shape_.node_of[rank]);
+    link.send_offset =
+        offsets_.sends + 2 * offsets_.stride * link_index(shape_.node_of[rank], my_node_);
   } else {
     uint32_t index = 0;
     for (uint32_t r = 0; r < rank; ++r) index += is_local(r) ? 0 : 1;
     link.window_offset = offsets_.slots + 2 * offsets_.stride * shape_.rank;
     link.send_offset = offsets_.sends + 2 * offsets_.stride * index;
   }
-  Channel window{engine_peer, &region_, region, rows.window,
-                 {&sent_word(0, rank), &sent_word(1, rank)}, &bell(base_)};
+  Channel window{
+      engine_peer, &region_, region, rows.window, {&sent_word(0, rank), &sent_word(1, rank)},
+      &bell(base_)};
   Channel release{engine_peer, &region_, region, rows.release, {nullptr, nullptr}, nullptr};
   auto window_channel = engine_.proxy().open_channel(std::move(window));
   if (!window_channel.ok()) return window_channel.status();
@@ -140,14 +153,17 @@ Exchange::~Exchange() {
   engine_.proxy().run([this] { region_ = MemoryRegion{}; });
 }
 
-// What others still need of us has left before we say goodbye: rows to forward, sums to pass on, writes in flight.
+// What others still need of us has left before we say goodbye: rows to forward, sums to pass on,
+// writes in flight.
 Status Exchange::drain(double seconds) {
   const auto start = Clock::now();
   Backoff backoff;
-  while (word_at(forwarded_until_).load(std::memory_order_acquire) + 1 < next_epoch_ && !fault_.raised()) {
+  while (word_at(forwarded_until_).load(std::memory_order_acquire) + 1 < next_epoch_ &&
+         !fault_.raised()) {
     if (seconds_since(start) > seconds) {
       return {Code::kPeerTimeout, "close: the forwarder still waits for rows of epoch " +
-                                      std::to_string(forwarded_until_ + 1) + " after " + std::to_string(seconds) + " s"};
+                                      std::to_string(forwarded_until_ + 1) + " after " +
+                                      std::to_string(seconds) + " s"};
     }
     sleep_on(bell(base_), 0.01, [] { return false; });
   }
@@ -156,8 +172,9 @@ Status Exchange::drain(double seconds) {
       while (word_at(sent_word(bank, r)).load(std::memory_order_acquire) < links_[r].pushed[bank] &&
              engine_.proxy().peer_state(links_[r].engine_peer) == PeerState::kReady) {
         if (seconds_since(start) > seconds) {
-          return {Code::kPeerTimeout, "close: rows to rank " + std::to_string(r) + " were still in flight after " +
-                                          std::to_string(seconds) + " s"};
+          return {Code::kPeerTimeout, "close: rows to rank " + std::to_string(r) +
+                                          " were still in flight after " + std::to_string(seconds) +
+                                          " s"};
         }
         backoff.step();
       }
@@ -172,7 +189,8 @@ Status Exchange::close(double seconds) {
   if (started_ && !fault_.raised()) drained = drain(seconds);
   closed_.store(true);
   if (started_) {
-    word_at(beat_word(base_)).fetch_or(fault_.raised() ? kFailed : kClosed, std::memory_order_release);
+    word_at(beat_word(base_))
+        .fetch_or(fault_.raised() ? kFailed : kClosed, std::memory_order_release);
     engine_.proxy().beat_now();
     for (const Peer& peer : peers_) {
       if (peer.base) ring(bell(peer.base));
@@ -206,14 +224,17 @@ std::byte* Exchange::slot(std::byte* base, uint32_t index, uint64_t epoch) const
 }
 
 std::byte* Exchange::link_window(uint32_t node, uint64_t epoch) const {
-  return base_ + offsets_.links + offsets_.stride * (2ull * link_index(node, my_node_) + epoch % kNumBanks);
+  return base_ + offsets_.links +
+         offsets_.stride * (2ull * link_index(node, my_node_) + epoch % kNumBanks);
 }
 
 std::byte* Exchange::send_region(const Link& link, uint64_t epoch) const {
   return base_ + link.send_offset + offsets_.stride * (epoch % kNumBanks);
 }
 
-uint32_t Exchange::rail_peer(uint32_t node) const { return shape_.rank_of[node * shape_.node_ranks + my_local_]; }
+uint32_t Exchange::rail_peer(uint32_t node) const {
+  return shape_.rank_of[node * shape_.node_ranks + my_local_];
+}
 
 Counter& Exchange::commit_word(std::byte* base, uint64_t epoch, uint32_t index) const {
   const uint64_t per_bank = shape_.num_ranks + shape_.num_nodes;
@@ -221,14 +242,18 @@ Counter& Exchange::commit_word(std::byte* base, uint64_t epoch, uint32_t index) 
 }
 
 Counter& Exchange::release_word(std::byte* base, uint64_t epoch, uint32_t rank) const {
-  return reinterpret_cast<Counter*>(base + offsets_.releases)[epoch % kNumBanks * shape_.num_ranks + rank];
+  return reinterpret_cast<Counter*>(base +
+                                    offsets_.releases)[epoch % kNumBanks * shape_.num_ranks + rank];
 }
 
 Counter& Exchange::sent_word(uint64_t epoch, uint32_t rank) {
-  return reinterpret_cast<Counter*>(base_ + offsets_.sents)[epoch % kNumBanks * shape_.num_ranks + rank];
+  return reinterpret_cast<Counter*>(base_ +
+                                    offsets_.sents)[epoch % kNumBanks * shape_.num_ranks + rank];
 }
 
-Counter& Exchange::beat_word(std::byte* base) const { return *reinterpret_cast<Counter*>(base + kBeatAt); }
+Counter& Exchange::beat_word(std::byte* base) const {
+  return *reinterpret_cast<Counter*>(base + kBeatAt);
+}
 
 Doorbell& Exchange::bell(std::byte* base) const { return *reinterpret_cast<Doorbell*>(base); }
 
@@ -236,7 +261,8 @@ uint32_t Exchange::num_local_experts(const Call& call) const {
   return (call.num_experts + shape_.num_ranks - 1) / shape_.num_ranks;
 }
 
-// Counts behind the header: uint32 [L] in a slot, uint32 [G, 1 + L] in a link window; none without fresh routing.
+// Counts behind the header: uint32 [L] in a slot, uint32 [G, 1 + L] in a link window; none without
+// fresh routing.
 size_t Exchange::counts_bytes(const Call& call, bool link) const {
   if (call.kind != kDispatch || call.cached) return 0;
   const size_t L = num_local_experts(call);
@@ -245,8 +271,8 @@ size_t Exchange::counts_bytes(const Call& call, bool link) const {
 }
 
 // The rows of a table, sorted by source token, that belong to one round.
-std::pair<uint32_t, uint32_t> Exchange::range_of_round(const Call& call, uint32_t round, const int32_t* tokens,
-                                                       uint32_t num_tokens) {
+std::pair<uint32_t, uint32_t> Exchange::range_of_round(const Call& call, uint32_t round,
+                                                       const int32_t* tokens, uint32_t num_tokens) {
   const int64_t first = static_cast<int64_t>(round) * call.capacity;
   auto index_of = [&](int64_t token) {
     return static_cast<uint32_t>(std::lower_bound(tokens, tokens + num_tokens, token) - tokens);
@@ -284,29 +310,34 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
   if (fault_.raised()) return fault_.status();
   if (Status status = engine_.proxy().fault(); !status.ok()) return status;
   const Peer& peer = peers_[rank];
-  std::string who = "rank " + std::to_string(rank) + " (node " + std::to_string(shape_.node_of[rank]) + ")";
+  std::string who =
+      "rank " + std::to_string(rank) + " (node " + std::to_string(shape_.node_of[rank]) + ")";
   const bool linked = !peer.base && links_[rank].present;
   uint64_t beat = 0;
   if (peer.base) {
     beat = word_at(beat_word(peer.base)).load(std::memory_order_acquire);
   } else if (linked) {
-    beat = word_at(*reinterpret_cast<Counter*>(base_ + offsets_.beats + 16ull * rank)).load(std::memory_order_acquire);
+    beat = word_at(*reinterpret_cast<Counter*>(base_ + offsets_.beats + 16ull * rank))
+               .load(std::memory_order_acquire);
   }
   if (beat != seen.beat) {
     seen.beat = beat;
     seen.at = Clock::now();
   }
-  const bool cut = linked && engine_.proxy().peer_state(links_[rank].engine_peer) == PeerState::kLost;
+  const bool cut =
+      linked && engine_.proxy().peer_state(links_[rank].engine_peer) == PeerState::kLost;
   // A rank that left may still have sent what we wait for: give its last writes a moment to land.
   const double grace_s = linked && !cut ? 1.0 : 0.0;
   const uint64_t state = beat & 15u;
   if (state != kAlive && rank != shape_.rank && seconds_since(seen.at) >= grace_s) {
-    return {Code::kPeerLost, describe(waited, waited_s) + ": " + who +
-                                 (state & kFailed ? " gave up after a fault of its own" : " closed its Buffer")};
+    return {Code::kPeerLost,
+            describe(waited, waited_s) + ": " + who +
+                (state & kFailed ? " gave up after a fault of its own" : " closed its Buffer")};
   }
   if (cut) {
-    return {Code::kPeerLost, describe(waited, waited_s) + ": the connection to " + who +
-                                 " ended: " + engine_.proxy().peer_status(links_[rank].engine_peer).text()};
+    return {Code::kPeerLost,
+            describe(waited, waited_s) + ": the connection to " + who +
+                " ended: " + engine_.proxy().peer_status(links_[rank].engine_peer).text()};
   }
   if (peer.base && rank != shape_.rank && peer.process.ended()) {
     return {Code::kPeerLost, describe(waited, waited_s) + ": the process of " + who + " ended"};
@@ -315,7 +346,8 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
   if (seconds_since(seen.at) > limits.silent_s + waited.extra_s) {
     return {Code::kPeerLost, describe(waited, waited_s) + ": its heartbeat stopped"};
   }
-  if (waited_s > limits.late_s + waited.extra_s) return {Code::kPeerTimeout, describe(waited, waited_s)};
+  if (waited_s > limits.late_s + waited.extra_s)
+    return {Code::kPeerTimeout, describe(waited, waited_s)};
   return {};
 }
 
@@ -324,13 +356,18 @@ std::string Exchange::describe(const Waited& waited, double seconds) const {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     if (r == shape_.rank || r == waited.rank) continue;
     ++others;
-    complete += word_at(commit_word(base_, waited.epoch, r)).load(std::memory_order_acquire) >= waited.epoch ? 1 : 0;
+    complete +=
+        word_at(commit_word(base_, waited.epoch, r)).load(std::memory_order_acquire) >= waited.epoch
+            ? 1
+            : 0;
   }
   char text[240];
   std::snprintf(text, sizeof text,
-                "%s epoch %llu, rank %u waited %.1f s for rank %u (node %u): %s not seen; %u of %u other sources complete",
-                waited.call->kind == kDispatch ? "dispatch" : "combine", static_cast<unsigned long long>(waited.epoch),
-                shape_.rank, seconds, waited.rank, shape_.node_of[waited.rank], waited.what, complete, others);
+                "%s epoch %llu, rank %u waited %.1f s for rank %u (node %u): %s not seen; %u of %u "
+                "other sources complete",
+                waited.call->kind == kDispatch ? "dispatch" : "combine",
+                static_cast<unsigned long long>(waited.epoch), shape_.rank, seconds, waited.rank,
+                shape_.node_of[waited.rank], waited.what, complete, others);
   return text;
 }
 

@@ -1,14 +1,17 @@
-// The exchange on the CPU: one dispatch or one combine of at most C tokens per rank. The only primitive.
+// The exchange on the CPU: one dispatch or one combine of at most C tokens per rank. The only
+// primitive.
 //
-// Three agents: the user's thread packs, sends and unpacks; the forwarder (one native thread of a Buffer, only between
-// nodes with hops="node") passes rows on and adds sums, and never depends on the user's hook or wait; the proxy carries
-// what crosses nodes. Each works in epoch order. The rules are DESIGN's: see moe_comm/buffer.py for the whole story.
+// Three agents: the user's thread packs, sends and unpacks; the forwarder (one native thread of a
+// Buffer, only between nodes with hops="node") passes rows on and adds sums, and never depends on
+// the user's hook or wait; the proxy carries what crosses nodes. Each works in epoch order. The
+// rules are DESIGN's: see moe_comm/buffer.py for the whole story.
 //
-// NOTE [slots] Every rank has one receive slot for each rank of the group, twice (banks). hops="node": the slot of
-// source (node n, local l) is always written by my node's rank l: with rows of that source in a dispatch (l is the
-// source itself, or its forwarder), with l's own results for the source (n, my local) in a combine (I am that source, or
-// its forwarder). hops="rank": slot s is written by rank s. So each slot has one writer and one commit per epoch, and a
-// rank that calls dispatch while another calls combine is seen at once.
+// NOTE [slots] Every rank has one receive slot for each rank of the group, twice (banks).
+// hops="node": the slot of source (node n, local l) is always written by my node's rank l: with
+// rows of that source in a dispatch (l is the source itself, or its forwarder), with l's own
+// results for the source (n, my local) in a combine (I am that source, or its forwarder).
+// hops="rank": slot s is written by rank s. So each slot has one writer and one commit per epoch,
+// and a rank that calls dispatch while another calls combine is seen at once.
 #pragma once
 
 #include <atomic>
@@ -28,9 +31,11 @@
 
 namespace moe_comm {
 
-// Offsets into the window segment, the same on every rank. Made by moe_comm/layout.py, which explains them.
+// Offsets into the window segment, the same on every rank. Made by moe_comm/layout.py, which
+// explains them.
 struct WindowOffsets {
-  uint64_t beats = 0, commits = 0, releases = 0, sents = 0;  // control words; the doorbell and own beat lie at 0 and 64
+  uint64_t beats = 0, commits = 0, releases = 0,
+           sents = 0;  // control words; the doorbell and own beat lie at 0 and 64
   uint64_t slots = 0, links = 0, sends = 0, stride = 0, total = 0;
 };
 
@@ -43,87 +48,91 @@ struct GroupShape {
 };
 
 struct Timeouts {
-  double late_s = 300;    // a peer that lives but does not come
-  double silent_s = 30;   // a peer whose heartbeat stopped
-  double verdict_s = 0.5; // final readers wait this much longer for the forwarder's verdict
+  double late_s = 300;     // a peer that lives but does not come
+  double silent_s = 30;    // a peer whose heartbeat stopped
+  double verdict_s = 0.5;  // final readers wait this much longer for the forwarder's verdict
 };
 
-// One dispatch or combine in progress. Made by the caller, shared with the forwarder. Pointers are the caller's tensors;
-// they stay alive until the call ends.
+// One dispatch or combine in progress. Made by the caller, shared with the forwarder. Pointers are
+// the caller's tensors; they stay alive until the call ends.
 struct Call {
   ExchangeKind kind = kDispatch;
-  bool cached = false;        // a dispatch that reuses a handle: rows carry no ids
+  bool cached = false;          // a dispatch that reuses a handle: rows carry no ids
   bool own_rows_direct = true;  // own rows are read from x when received, not from the own slot
   RowFormat format;
   Agreed agreed{};
-  uint32_t capacity = 1;      // C: source tokens per round
-  uint32_t num_tokens = 0;    // T of this rank
+  uint32_t capacity = 1;    // C: source tokens per round
+  uint32_t num_tokens = 0;  // T of this rank
   uint32_t num_experts = 0;
   Timeouts timeouts;
-  Status error;               // of this rank's arguments: it takes part with zero rows and this text
+  Status error;  // of this rank's arguments: it takes part with zero rows and this text
   DType dtype = DType::kBytes;
 
   // --- the handle's tables (written by a fresh dispatch, read by a combine or a cached dispatch)
-  int32_t* lane_rows = nullptr;           // [T, D]
-  std::vector<uint32_t> tokens_of;        // [R] T of each source
-  std::vector<uint32_t> totals;           // [R] rows received from each source
-  uint64_t identity = 0;                  // names the dispatch: digest of all ranks' routing, the same on all ranks
-  int32_t* recv_tokens = nullptr;         // [rows] source token, by (source rank, source token)
-  int32_t* positions = nullptr;           // [rows, K] place of each copy in y; null: place = row
-  std::vector<std::vector<int32_t>> forward_tokens;  // [N] source token of each link row of that node's rail peer
-  std::vector<std::vector<int32_t>> forward_rows;    // [N] [link rows, G] row in each local rank's slot, or -1
+  int32_t* lane_rows = nullptr;     // [T, D]
+  std::vector<uint32_t> tokens_of;  // [R] T of each source
+  std::vector<uint32_t> totals;     // [R] rows received from each source
+  uint64_t identity = 0;  // names the dispatch: digest of all ranks' routing, the same on all ranks
+  int32_t* recv_tokens = nullptr;  // [rows] source token, by (source rank, source token)
+  int32_t* positions = nullptr;    // [rows, K] place of each copy in y; null: place = row
+  std::vector<std::vector<int32_t>>
+      forward_tokens;  // [N] source token of each link row of that node's rail peer
+  std::vector<std::vector<int32_t>>
+      forward_rows;  // [N] [link rows, G] row in each local rank's slot, or -1
 
   // --- dispatch
   TokenSource source;
   Route routes;
   std::byte* out_x = nullptr;
   std::byte* out_scales = nullptr;
-  int64_t* out_ids = nullptr;             // rank layout [rows, K]; expert layout [P]; null: not wanted
-  float* out_weights = nullptr;           // likewise
-  std::vector<uint32_t> expert_rows;      // [R, L] copies for my experts, by source
-  std::vector<uint64_t> expert_offsets;   // [L] first place of each expert's group (expert and padded layouts)
-  bool expand = false;                    // expert or padded layout
+  int64_t* out_ids = nullptr;         // rank layout [rows, K]; expert layout [P]; null: not wanted
+  float* out_weights = nullptr;       // likewise
+  std::vector<uint32_t> expert_rows;  // [R, L] copies for my experts, by source
+  std::vector<uint64_t>
+      expert_offsets;   // [L] first place of each expert's group (expert and padded layouts)
+  bool expand = false;  // expert or padded layout
 
   // --- combine
   const std::byte* y = nullptr;
   int64_t y_stride = 0;
-  const float* y_weights = nullptr;       // [places] or null
-  const float* columns = nullptr;         // [rows, K], or [places] with expand
+  const float* y_weights = nullptr;  // [places] or null
+  const float* columns = nullptr;    // [rows, K], or [places] with expand
   bool columns_by_place = false;
   const std::byte* bias = nullptr;
   int64_t bias_stride = 0;
   std::byte* out_y = nullptr;
   int64_t out_stride = 0;
-  float* out_columns = nullptr;           // [T, K]
+  float* out_columns = nullptr;  // [T, K]
 
   // --- progress, per agent
-  uint32_t own_rounds = 1;                // what this rank needs itself
-  uint32_t num_rounds = 1;                // the maximum over ranks, once the first headers are here
-  std::vector<uint64_t> epochs;           // of the rounds sent
-  std::vector<uint32_t> row_starts;       // [R] reader: first received row of each source
-  std::vector<uint32_t> received_rows;    // [R] reader: rows unpacked so far
-  std::vector<uint64_t> copy_places;      // [R, L] reader: next place of a copy
-  std::vector<uint32_t> forwarded_rows;   // [N, G] forwarder: rows passed on so far
-  Status failure;                         // the first error found in the peers' headers
+  uint32_t own_rounds = 1;               // what this rank needs itself
+  uint32_t num_rounds = 1;               // the maximum over ranks, once the first headers are here
+  std::vector<uint64_t> epochs;          // of the rounds sent
+  std::vector<uint32_t> row_starts;      // [R] reader: first received row of each source
+  std::vector<uint32_t> received_rows;   // [R] reader: rows unpacked so far
+  std::vector<uint64_t> copy_places;     // [R, L] reader: next place of a copy
+  std::vector<uint32_t> forwarded_rows;  // [N, G] forwarder: rows passed on so far
+  Status failure;                        // the first error found in the peers' headers
 };
 
-struct ExchangeStats {  // payload rows and bytes this rank stored (its node) or sent (links), headers not counted
+struct ExchangeStats {  // payload rows and bytes this rank stored (its node) or sent (links),
+                        // headers not counted
   std::atomic<uint64_t> rows_local{0}, bytes_local{0}, rows_link{0}, bytes_link{0}, writes_link{0};
 };
 
 class Exchange {
  public:
-  static Result<std::unique_ptr<Exchange>> create(Engine& engine, GroupShape shape, WindowOffsets offsets,
-                                                  uint64_t first_epoch);
+  static Result<std::unique_ptr<Exchange>> create(Engine& engine, GroupShape shape,
+                                                  WindowOffsets offsets, uint64_t first_epoch);
   ~Exchange();
 
   // --- construction, in this order; names and descriptors travel through the process group
   const SegmentName& segment() const { return segment_.name(); }
-  std::vector<std::byte> region() const;             // descriptor of the window segment for link peers
+  std::vector<std::byte> region() const;  // descriptor of the window segment for link peers
   struct Rows {
     uint32_t window = 0, release = 0;
   };
-  Result<Rows> open_rows(uint32_t rank);             // my immediate rows for what `rank` writes here
+  Result<Rows> open_rows(uint32_t rank);  // my immediate rows for what `rank` writes here
   Status map_peer(uint32_t rank, const SegmentName& name);
   Status link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegion& region, Rows rows);
   void start();
@@ -131,15 +140,15 @@ class Exchange {
   // --- a call
   uint32_t num_lanes() const { return num_lanes_; }
   Status route_tokens(Call& call);
-  Status send(const std::shared_ptr<Call>& call);    // the next round
-  Status wait_headers(Call& call);                   // round 0: tokens_of, totals, expert_rows, num_rounds
-  Status receive(Call& call, uint32_t round);        // waits, unpacks, releases
-  Status finish(Call& call);                         // the forwarder is done with all rounds
+  Status send(const std::shared_ptr<Call>& call);  // the next round
+  Status wait_headers(Call& call);  // round 0: tokens_of, totals, expert_rows, num_rounds
+  Status receive(Call& call, uint32_t round);  // waits, unpacks, releases
+  Status finish(Call& call);                   // the forwarder is done with all rounds
   uint64_t next_epoch() const { return next_epoch_; }
 
-  void fail(const Status& status);                   // ends the exchange for good: waits end, peers are told
+  void fail(const Status& status);  // ends the exchange for good: waits end, peers are told
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
-  Status close(double seconds);                      // goodbye: drains, tells the peers
+  Status close(double seconds);  // goodbye: drains, tells the peers
   const ExchangeStats& stats() const { return stats_; }
 
  private:
@@ -147,9 +156,9 @@ class Exchange {
     bool present = false;
     uint32_t engine_peer = 0;
     uint32_t window_channel = 0, release_channel = 0;
-    uint64_t window_offset = 0;       // of the peer's window for me, bank 0
-    uint64_t send_offset = 0;         // of my send region for it, bank 0
-    Rows rows;                        // mine, for it
+    uint64_t window_offset = 0;  // of the peer's window for me, bank 0
+    uint64_t send_offset = 0;    // of my send region for it, bank 0
+    Rows rows;                   // mine, for it
     bool rows_open = false;
     uint64_t pushed[kNumBanks] = {0, 0};
   };
@@ -165,7 +174,7 @@ class Exchange {
   struct Waited {  // what a wait is for, for errors
     const Call* call;
     uint64_t epoch;
-    uint32_t rank;       // who must act
+    uint32_t rank;  // who must act
     const char* what;
     double extra_s = 0;
   };
@@ -225,8 +234,8 @@ class Exchange {
   void place_row(Call& call, uint32_t source, const RowView& row);
   void sum_tokens(Call& call, uint64_t epoch, uint32_t round);
   void release(uint64_t epoch);
-  static std::pair<uint32_t, uint32_t> range_of_round(const Call& call, uint32_t round, const int32_t* tokens,
-                                                      uint32_t num_tokens);
+  static std::pair<uint32_t, uint32_t> range_of_round(const Call& call, uint32_t round,
+                                                      const int32_t* tokens, uint32_t num_tokens);
 
   Engine& engine_;
   GroupShape shape_;
@@ -236,15 +245,15 @@ class Exchange {
   SharedSegment segment_;
   MemoryRegion region_;
   std::byte* base_ = nullptr;
-  std::vector<Peer> peers_;   // [R], mapped ones have base
-  std::vector<Link> links_;   // [R]
+  std::vector<Peer> peers_;  // [R], mapped ones have base
+  std::vector<Link> links_;  // [R]
   uint64_t first_epoch_, next_epoch_;
   uint64_t heartbeat_ = 0;
   bool started_ = false;
   std::atomic<bool> closing_{false}, closed_{false};
   Fault fault_;
   ExchangeStats stats_;
-  std::vector<std::byte> node_sum_;        // scratch of the user's thread: one row
+  std::vector<std::byte> node_sum_;  // scratch of the user's thread: one row
   std::vector<float> node_columns_;
 
   struct Work {

@@ -1,7 +1,8 @@
-// The forwarder: a native thread that passes rows on inside its node and adds its node's results, in epoch order.
+// The forwarder: a native thread that passes rows on inside its node and adds its node's results,
+// in epoch order.
 //
-// It never depends on the user's hook or wait. When a source is missing it says so in that source's windows, so that
-// every reader behind it blames the right rank.
+// It never depends on the user's hook or wait. When a source is missing it says so in that source's
+// windows, so that every reader behind it blames the right rank.
 #include <pthread.h>
 
 #include <cstring>
@@ -34,17 +35,20 @@ Status Exchange::forward_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   for (uint32_t step = 1; step < shape_.num_nodes; ++step) {
     const uint32_t node = (my_node_ + step) % shape_.num_nodes;
     const Waited waited{&call, epoch, rail_peer(node), "rows by the link"};
-    pass_on(call, node, epoch, round, wait(commit_word(base_, epoch, shape_.num_ranks + node), epoch, waited));
+    pass_on(call, node, epoch, round,
+            wait(commit_word(base_, epoch, shape_.num_ranks + node), epoch, waited));
   }
   return {};
 }
 
 // One rail peer's rows to the ranks of my node that hold one of their experts.
-void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round, const Status& arrival) {
+void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round,
+                       const Status& arrival) {
   const uint32_t source = rail_peer(node), G = shape_.node_ranks, K = call.format.topk;
   const uint32_t L = num_local_experts(call);
   const std::byte* window = link_window(node, epoch);
-  const Header header = arrival.ok() ? *reinterpret_cast<const Header*>(window) : verdict(call, epoch, source, arrival);
+  const Header header = arrival.ok() ? *reinterpret_cast<const Header*>(window)
+                                     : verdict(call, epoch, source, arrival);
   const bool readable = header.status == kHeaderOk && call.error.ok() && header.kind == kDispatch &&
                         std::memcmp(&header.agreed, &call.agreed, sizeof(Agreed)) == 0;
   std::vector<uint32_t> here(G, 0);  // rows of this round for each local rank
@@ -63,7 +67,8 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
       int32_t* to = targets;
       if (G > 512) many.resize(G), to = many.data();
       if (call.cached) {
-        std::memcpy(to, call.forward_rows[node].data() + (static_cast<size_t>(from) + i) * G, G * sizeof(int32_t));
+        std::memcpy(to, call.forward_rows[node].data() + (static_cast<size_t>(from) + i) * G,
+                    G * sizeof(int32_t));
       } else {
         std::fill_n(to, G, -1);
         const auto* ids = reinterpret_cast<const int32_t*>(rows + call.format.ids_at);
@@ -106,7 +111,8 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
   }
 }
 
-// My node's results for each rail peer's tokens: summed over the ranks of my node (level 1), one row per token.
+// My node's results for each rail peer's tokens: summed over the ranks of my node (level 1), one
+// row per token.
 Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
   const uint32_t G = shape_.node_ranks, K = call.format.topk;
   const size_t row_bytes = call.format.row_bytes;
@@ -130,19 +136,22 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
           header = verdict(call, epoch, writer, status);
         } else if (from.status != kHeaderOk || from.kind != kCombine ||
                    std::memcmp(&from.agreed, &header.agreed, sizeof(Agreed)) != 0) {
-          if (call.error.ok()) header = from;  // its text, or what it disagrees in, travels on as it is
+          if (call.error.ok())
+            header = from;  // its text, or what it disagrees in, travels on as it is
         }
       }
       header.rounds = rounds;
-      readable = readable && header.status == kHeaderOk && status.ok() && from.status == kHeaderOk &&
-                 from.kind == kCombine && std::memcmp(&from.agreed, &call.agreed, sizeof(Agreed)) == 0;
+      readable = readable && header.status == kHeaderOk && status.ok() &&
+                 from.status == kHeaderOk && from.kind == kCombine &&
+                 std::memcmp(&from.agreed, &call.agreed, sizeof(Agreed)) == 0;
     }
     Link& link = links_[source];
     std::byte* out = send_region(link, epoch);
     header.rows = 0;
     if (readable) {
       const auto& tokens = call.forward_tokens[node];
-      const auto [from, to] = range_of_round(call, round, tokens.data(), static_cast<uint32_t>(tokens.size()));
+      const auto [from, to] =
+          range_of_round(call, round, tokens.data(), static_cast<uint32_t>(tokens.size()));
       std::vector<int32_t> starts(G, -1);
       std::vector<Term> terms;
       std::vector<const float*> columns;
@@ -153,12 +162,14 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
         for (uint32_t g = 0; g < G; ++g) {
           if (rows[g] < 0) continue;
           if (starts[g] < 0) starts[g] = rows[g];
-          const std::byte* row = windows[g] + kHeaderBytes + static_cast<size_t>(rows[g] - starts[g]) * row_bytes;
+          const std::byte* row =
+              windows[g] + kHeaderBytes + static_cast<size_t>(rows[g] - starts[g]) * row_bytes;
           terms.push_back({row, 0, false});
           columns.push_back(reinterpret_cast<const float*>(row + call.format.weights_at));
         }
         sum_rows(sum, terms, nullptr, num_items, call.dtype);
-        if (call.format.weights_at) sum_columns(reinterpret_cast<float*>(sum + call.format.weights_at), columns, K);
+        if (call.format.weights_at)
+          sum_columns(reinterpret_cast<float*>(sum + call.format.weights_at), columns, K);
       }
       header.rows = to - from;
     }

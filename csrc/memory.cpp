@@ -14,14 +14,16 @@
 namespace moe_comm {
 namespace {
 
-// NOTE [segment registry] The only global of the engine: which address ranges of this process are shared segments.
-// It is a fact about the process's address space, which is global too; nothing is configured through it.
+// NOTE [segment registry] The only global of the engine: which address ranges of this process are
+// shared segments. It is a fact about the process's address space, which is global too; nothing is
+// configured through it.
 struct Registry {
   std::mutex mutex;
   std::map<const std::byte*, SegmentName> by_address;
 };
 Registry& registry() {
-  static Registry* instance = new Registry;  // never destroyed: threads may outlive static destructors
+  static Registry* instance =
+      new Registry;  // never destroyed: threads may outlive static destructors
   return *instance;
 }
 
@@ -31,9 +33,12 @@ void forget_segment(const void* address) {
 }
 
 Result<Mapping> map_shared(int fd, size_t num_bytes) {
-  void* address = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-  if (address == MAP_FAILED) return Status::from_errno("mmap of " + std::to_string(num_bytes) + " bytes");
-  madvise(address, num_bytes, MADV_DONTFORK);  // a forked child must not keep a dead job's windows alive
+  void* address =
+      mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  if (address == MAP_FAILED)
+    return Status::from_errno("mmap of " + std::to_string(num_bytes) + " bytes");
+  madvise(address, num_bytes,
+          MADV_DONTFORK);  // a forked child must not keep a dead job's windows alive
   return Mapping(address, num_bytes);
 }
 
@@ -62,7 +67,8 @@ Result<SharedSegment> SharedSegment::create(const std::string& label, size_t num
   FileDescriptor fd(memfd_create(label.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (fd.get() < 0) return Status::from_errno("memfd_create");
   if (ftruncate(fd.get(), static_cast<off_t>(num_bytes)) != 0) {
-    return Status::from_errno("ftruncate of a shared segment to " + std::to_string(num_bytes) + " bytes");
+    return Status::from_errno("ftruncate of a shared segment to " + std::to_string(num_bytes) +
+                              " bytes");
   }
   // A segment never shrinks, so no peer can be made to fault on a page that went away.
   if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
@@ -82,15 +88,15 @@ Result<SharedSegment> SharedSegment::create(const std::string& label, size_t num
 }
 
 Result<SharedSegment> SharedSegment::open(const SegmentName& name) {
-  const std::string path =
-      "/proc/" + std::to_string(name.pid) + "/fd/" + std::to_string(name.fd);
+  const std::string path = "/proc/" + std::to_string(name.pid) + "/fd/" + std::to_string(name.fd);
   FileDescriptor fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
   if (fd.get() < 0) return Status::from_errno("open(" + path + ")");
   struct stat info{};
   if (fstat(fd.get(), &info) != 0) return Status::from_errno("fstat(" + path + ")");
   if (static_cast<uint64_t>(info.st_ino) != name.inode ||
       static_cast<uint64_t>(info.st_size) != name.num_bytes) {
-    return Status(Code::kTransport, path + " is another file now: its process ended or closed the segment");
+    return Status(Code::kTransport,
+                  path + " is another file now: its process ended or closed the segment");
   }
   auto mapping = map_shared(fd.get(), name.num_bytes);
   if (!mapping.ok()) return mapping.status();

@@ -1,7 +1,9 @@
-// Memory that peers may write: shared segments (memfd), registered regions, and how a peer names them.
+// Memory that peers may write: shared segments (memfd), registered regions, and how a peer names
+// them.
 //
-// A SharedSegment has no name: it is a memfd, opened by a peer through /proc/PID/fd/FD, checked by inode and by the
-// group's secret, and gone with its last mapping. /dev/shm and its size limit play no part.
+// A SharedSegment has no name: it is a memfd, opened by a peer through /proc/PID/fd/FD, checked by
+// inode and by the group's secret, and gone with its last mapping. /dev/shm and its size limit play
+// no part.
 #pragma once
 
 #include <sys/types.h>
@@ -73,7 +75,8 @@ class SharedSegment {  // mine (create) or a peer's (open); mapped read-write
   Mapping mapping_;
 };
 
-// Is the process that this pid meant when it was opened still running? (a pidfd: immune to reuse of the number)
+// Is the process that this pid meant when it was opened still running? (a pidfd: immune to reuse of
+// the number)
 class ProcessWatch {
  public:
   static Result<ProcessWatch> open(int64_t pid);
@@ -83,8 +86,8 @@ class ProcessWatch {
   FileDescriptor pidfd_;
 };
 
-// Every segment this process created, by address: lets a backend see whether memory can be mapped by peers.
-// Returns the segment that holds all of `bytes`, or nothing.
+// Every segment this process created, by address: lets a backend see whether memory can be mapped
+// by peers. Returns the segment that holds all of `bytes`, or nothing.
 struct SegmentSlice {
   SegmentName name;
   uint64_t offset = 0;
@@ -102,10 +105,11 @@ struct RemoteKey {
 // Registered bytes. Owns its registration: releasing it withdraws the peers' right to write.
 struct MemoryRegion {
   std::span<std::byte> bytes;
-  void* local_key = nullptr;      // the backend's descriptor for local access
-  RemoteKey remote_key;           // what a peer must show to write here
-  uint64_t remote_base = 0;       // the address of bytes[0] as peers name it
-  std::vector<uint64_t> extra;    // backend-specific words that travel with the key (shm: the segment's name)
+  void* local_key = nullptr;  // the backend's descriptor for local access
+  RemoteKey remote_key;       // what a peer must show to write here
+  uint64_t remote_base = 0;   // the address of bytes[0] as peers name it
+  std::vector<uint64_t>
+      extra;  // backend-specific words that travel with the key (shm: the segment's name)
   std::shared_ptr<void> registration;
 };
 

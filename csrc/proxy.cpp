@@ -10,9 +10,9 @@
 namespace moe_comm {
 namespace {
 constexpr int kCommandsPerTurn = 64;
-constexpr double kIdleSleep = 0.1;      // seconds; bounds how long a heartbeat can be late
-constexpr double kNapSleep = 0.001;     // where a transport has no wait fd
-constexpr double kDrainTimeout = 5.0;   // seconds stop() waits for writes in flight
+constexpr double kIdleSleep = 0.1;     // seconds; bounds how long a heartbeat can be late
+constexpr double kNapSleep = 0.001;    // where a transport has no wait fd
+constexpr double kDrainTimeout = 5.0;  // seconds stop() waits for writes in flight
 }  // namespace
 
 // --- Operation -----------------------------------------------------------------------------------
@@ -35,13 +35,16 @@ Status Operation::status() const {
 
 bool Operation::wait(double seconds) {
   std::unique_lock lock(mutex_);
-  return changed_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return remaining_ == 0; });
+  return changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                           [this] { return remaining_ == 0; });
 }
 
 // --- from any thread -----------------------------------------------------------------------------
 
 Proxy::Proxy(std::unique_ptr<Transport> transport, const ProxyOptions& options)
-    : transport_(std::move(transport)), options_(options), event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+    : transport_(std::move(transport)),
+      options_(options),
+      event_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
   in_flight_.resize(transport_->info().capabilities.queue_depth);
   for (uint32_t i = 0; i < in_flight_.size(); ++i) free_slots_.push_back(i);
   thread_ = std::thread([this] { body(); });
@@ -61,7 +64,8 @@ Status Proxy::push(const Transfer& transfer, double seconds) {
   for (Backoff backoff; producer_.full(ticket); backoff.step()) {
     wake();
     if (seconds_since(start) > seconds) {
-      Status status(Code::kTransport, "the command ring stayed full for " + std::to_string(seconds) + " s");
+      Status status(Code::kTransport,
+                    "the command ring stayed full for " + std::to_string(seconds) + " s");
       fault_.raise(status);  // the reserved slot is lost: nothing may follow it
       return status;
     }
@@ -190,7 +194,8 @@ void Proxy::beat_now() {
   });
 }
 
-std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes, std::shared_ptr<void> keep) {
+std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes,
+                                         std::shared_ptr<void> keep) {
   std::vector<Write> parts;
   for (const UserWrite& w : writes) {
     const uint64_t limit = std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, 1);
@@ -204,13 +209,15 @@ std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes, std::sha
       part.local_offset = w.local_offset + offset;
       part.remote_offset = w.remote_offset + offset;
       offset += part.num_bytes;
-      // One immediate for each write request that the caller made; a cut one is rare (> 1 GiB) and ordered below.
+      // One immediate for each write request that the caller made; a cut one is rare (> 1 GiB) and
+      // ordered below.
       part.has_immediate = w.has_immediate && offset == w.num_bytes;
       part.immediate = Immediate::user(w.immediate);
       parts.push_back(std::move(part));
     } while (offset < w.num_bytes);
   }
-  auto operation = std::make_shared<Operation>(static_cast<uint32_t>(parts.size()), std::move(keep));
+  auto operation =
+      std::make_shared<Operation>(static_cast<uint32_t>(parts.size()), std::move(keep));
   bool accepted = false;
   run([&] {
     accepted = true;
@@ -221,7 +228,8 @@ std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes, std::sha
     post_pending();
   });
   if (!accepted) {
-    for (size_t i = 0; i < parts.size(); ++i) operation->finish_one({Code::kClosed, "write: the engine is closed"});
+    for (size_t i = 0; i < parts.size(); ++i)
+      operation->finish_one({Code::kClosed, "write: the engine is closed"});
   }
   return operation;
 }
@@ -242,7 +250,8 @@ uint64_t Proxy::count_immediates(uint32_t value) const {
 
 uint64_t Proxy::wait_immediates(uint64_t seen, double seconds) {
   std::unique_lock lock(user_mutex_);
-  user_changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return user_total_ > seen; });
+  user_changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                         [&] { return user_total_ > seen; });
   return user_total_;
 }
 
@@ -307,19 +316,23 @@ bool Proxy::run_functions() {
 }
 
 uint64_t Proxy::shard_bytes(uint64_t num_bytes) const {
-  uint64_t limit = std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, kRowAlignment);
+  uint64_t limit =
+      std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, kRowAlignment);
   if (options_.shard_bytes) limit = std::min(limit, options_.shard_bytes);
   const uint64_t least = (num_bytes + kMaxWritesPerMessage - 1) / kMaxWritesPerMessage;
   return std::max<uint64_t>(limit, (least + kRowAlignment - 1) / kRowAlignment * kRowAlignment);
 }
 
-// One message: one write, or several; each carries the immediate, and the receiver counts them (H3).
+// One message: one write, or several; each carries the immediate, and the receiver counts them
+// (H3).
 void Proxy::begin_transfer(const Transfer& transfer) {
-  if (transfer.channel >= channels_.size() || !channels_[transfer.channel].open) return;  // closed meanwhile
+  if (transfer.channel >= channels_.size() || !channels_[transfer.channel].open)
+    return;  // closed meanwhile
   ChannelState& state = channels_[transfer.channel];
   const uint32_t bank = transfer.epoch % kNumBanks;
   const uint64_t shard = shard_bytes(transfer.num_bytes);
-  const auto num_writes = static_cast<uint32_t>(std::max<uint64_t>(1, (transfer.num_bytes + shard - 1) / shard));
+  const auto num_writes =
+      static_cast<uint32_t>(std::max<uint64_t>(1, (transfer.num_bytes + shard - 1) / shard));
   state.unsent[bank] += num_writes;
   for (uint32_t i = 0; i < num_writes; ++i) {
     Write write;
@@ -339,7 +352,8 @@ void Proxy::begin_transfer(const Transfer& transfer) {
 
 void Proxy::enqueue(Write write) {
   if (write.peer >= peers_.size()) {
-    finish(write, {Code::kInvalid, "write to peer " + std::to_string(write.peer) + ": no such peer"});
+    finish(write,
+           {Code::kInvalid, "write to peer " + std::to_string(write.peer) + ": no such peer"});
     return;
   }
   Peer& peer = peers_[write.peer];
@@ -360,8 +374,8 @@ bool Proxy::post_pending() {
   for (size_t i = 0; i < with_pending_.size();) {
     const uint32_t index = with_pending_[i];
     Peer& peer = peers_[index];
-    while (peer.state.load(std::memory_order_relaxed) == PeerState::kReady && !peer.pending.empty() &&
-           !free_slots_.empty()) {
+    while (peer.state.load(std::memory_order_relaxed) == PeerState::kReady &&
+           !peer.pending.empty() && !free_slots_.empty()) {
       Write& write = peer.pending.front();
       const uint32_t slot = free_slots_.back();
       WriteRequest request;
@@ -470,7 +484,8 @@ void Proxy::lose(uint32_t index, Status status) {
 void Proxy::beat() {
   if (heartbeats_.empty() || seconds_since(last_beat_) < options_.heartbeat_s) return;
   last_beat_ = Clock::now();
-  for (Beat& beat : heartbeats_) word_at(*beat.heartbeat.word).fetch_add(16, std::memory_order_release);
+  for (Beat& beat : heartbeats_)
+    word_at(*beat.heartbeat.word).fetch_add(16, std::memory_order_release);
   if (seconds_since(last_beat_write_) >= options_.beat_write_s) write_beats();
 }
 
@@ -502,7 +517,9 @@ void Proxy::sleep() {
     const int wait_fd = transport_->info().wait_fd;
     pollfd fds[2] = {{event_.get(), POLLIN, 0}, {wait_fd, POLLIN, 0}};
     const bool nap = wait_fd < 0 && !peers_.empty();
-    const timespec limit{0, static_cast<long>((nap ? kNapSleep : std::min(kIdleSleep, options_.heartbeat_s * 2)) * 1e9)};
+    const timespec limit{
+        0, static_cast<long>((nap ? kNapSleep : std::min(kIdleSleep, options_.heartbeat_s * 2)) *
+                             1e9)};
     stats_.sleeps.fetch_add(1, std::memory_order_relaxed);
     ppoll(fds, wait_fd >= 0 ? 2 : 1, &limit, nullptr);
   }

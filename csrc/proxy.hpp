@@ -1,9 +1,11 @@
-// The proxy: one host thread that drives the transports of a rank. ring -> post -> poll -> counters.
+// The proxy: one host thread that drives the transports of a rank. ring -> post -> poll ->
+// counters.
 //
-// Others reach it in three ways: the command ring (transfers wanted by kernels; no lock, H2), submit() (user writes),
-// and run() (a function carried out on its thread, with a reply: register, connect, ...). It spins, then yields, then
-// sleeps on an event, so that four ranks on two cores do not starve each other. Each peer has its own pending list: one
-// stalled peer never stops the others. In the steady state its loop allocates nothing.
+// Others reach it in three ways: the command ring (transfers wanted by kernels; no lock, H2),
+// submit() (user writes), and run() (a function carried out on its thread, with a reply: register,
+// connect, ...). It spins, then yields, then sleeps on an event, so that four ranks on two cores do
+// not starve each other. Each peer has its own pending list: one stalled peer never stops the
+// others. In the steady state its loop allocates nothing.
 #pragma once
 
 #include <atomic>
@@ -29,20 +31,22 @@
 namespace moe_comm {
 
 struct ProxyOptions {
-  uint64_t shard_bytes = 0;      // split messages into writes of at least this many bytes; 0: only where they must be
-  double heartbeat_s = 0.05;     // how often the heartbeat words are bumped
-  double beat_write_s = 1.0;     // how often they are written to link peers
+  uint64_t shard_bytes =
+      0;  // split messages into writes of at least this many bytes; 0: only where they must be
+  double heartbeat_s = 0.05;  // how often the heartbeat words are bumped
+  double beat_write_s = 1.0;  // how often they are written to link peers
 };
 
 // A user's write, possibly several work requests. Ends once: with ok, or with the first error.
 class Operation {
  public:
   // keep: whatever must live until the last write ended (regions)
-  Operation(uint32_t num_writes, std::shared_ptr<void> keep) : remaining_(num_writes), keep_(std::move(keep)) {}
+  Operation(uint32_t num_writes, std::shared_ptr<void> keep)
+      : remaining_(num_writes), keep_(std::move(keep)) {}
   void finish_one(const Status& status);
   bool done() const;
-  Status status() const;          // of a finished operation
-  bool wait(double seconds);      // true: done
+  Status status() const;      // of a finished operation
+  bool wait(double seconds);  // true: done
 
  private:
   mutable std::mutex mutex_;
@@ -57,15 +61,16 @@ struct Channel {
   uint32_t peer = 0;
   const MemoryRegion* local = nullptr;
   RemoteRegion remote;
-  uint32_t immediate_row = 0;                     // of the peer's table
-  Counter* sent[kNumBanks] = {nullptr, nullptr};  // messages of this bank whose local bytes may be reused, or null
+  uint32_t immediate_row = 0;  // of the peer's table
+  Counter* sent[kNumBanks] = {
+      nullptr, nullptr};  // messages of this bank whose local bytes may be reused, or null
   Doorbell* bell = nullptr;
 };
 
 // A heartbeat word and where it is written to.
 struct Heartbeat {
-  Counter* word = nullptr;         // [heartbeat word]
-  uint64_t local_offset = 0;       // of the word in the channels' local region; 16 bytes are written
+  Counter* word = nullptr;    // [heartbeat word]
+  uint64_t local_offset = 0;  // of the word in the channels' local region; 16 bytes are written
   uint64_t remote_offset = 0;
   std::vector<uint32_t> channels;  // one for each link peer
 };
@@ -113,7 +118,8 @@ class Proxy {
   // Waits until `value` was counted `count` times since the last take, then takes them off.
   bool take_immediates(uint32_t value, uint64_t count, double seconds);
   uint64_t count_immediates(uint32_t value) const;
-  // Waits until more than `seen` user immediates arrived since the proxy began, of any value; returns how many did.
+  // Waits until more than `seen` user immediates arrived since the proxy began, of any value;
+  // returns how many did.
   uint64_t wait_immediates(uint64_t seen, double seconds);
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
   const ProxyStats& stats() const { return stats_; }
@@ -142,8 +148,8 @@ class Proxy {
   struct ChannelState {
     Channel channel;
     bool open = false;
-    uint32_t unsent[kNumBanks] = {0, 0};    // writes not yet completed
-    uint64_t completed[kNumBanks] = {0, 0}; // messages
+    uint32_t unsent[kNumBanks] = {0, 0};     // writes not yet completed
+    uint64_t completed[kNumBanks] = {0, 0};  // messages
   };
   static constexpr uint32_t kNoChannel = ~0u;
   static constexpr uint32_t kRingSlots = 4096;
@@ -169,12 +175,12 @@ class Proxy {
   RingProducer producer_{ring_.producer()};
   RingConsumer consumer_{ring_.consumer()};
   RowTable rows_;
-  mutable std::mutex peers_mutex_;                // growing peers_ against readers on other threads
-  std::deque<Peer> peers_;                        // stable addresses
+  mutable std::mutex peers_mutex_;  // growing peers_ against readers on other threads
+  std::deque<Peer> peers_;          // stable addresses
   std::deque<ChannelState> channels_;
   std::vector<Write> in_flight_;
   std::vector<uint32_t> free_slots_;
-  std::vector<uint32_t> with_pending_;            // peers
+  std::vector<uint32_t> with_pending_;  // peers
   std::unordered_map<uint32_t, uint32_t> peer_of_id_;
   struct Beat {
     uint64_t id;

@@ -1,4 +1,5 @@
-// The receiving half of an exchange, on the user's thread: wait (H6), check headers, place or sum rows, release (H7).
+// The receiving half of an exchange, on the user's thread: wait (H6), check headers, place or sum
+// rows, release (H7).
 #include <algorithm>
 #include <cstring>
 
@@ -9,25 +10,32 @@ namespace {
 
 constexpr double kRingFullTimeout = 30.0;  // seconds
 
-const Header& header_of(const std::byte* window) { return *reinterpret_cast<const Header*>(window); }
+const Header& header_of(const std::byte* window) {
+  return *reinterpret_cast<const Header*>(window);
+}
 
 // The first agreed field that differs, as the argument a user knows it by.
 std::string difference(const Agreed& theirs, const Agreed& mine) {
   const auto differ = [](const char* argument, uint64_t a, uint64_t b) {
-    return std::string(argument) + ": it passed " + std::to_string(a) + ", this rank " + std::to_string(b);
+    return std::string(argument) + ": it passed " + std::to_string(a) + ", this rank " +
+           std::to_string(b);
   };
-  if (theirs.num_experts != mine.num_experts) return differ("num_experts", theirs.num_experts, mine.num_experts);
+  if (theirs.num_experts != mine.num_experts)
+    return differ("num_experts", theirs.num_experts, mine.num_experts);
   if (theirs.dtype != mine.dtype) return differ("x: dtype code", theirs.dtype, mine.dtype);
   if (theirs.payload_bytes != mine.payload_bytes) {
     return differ("x: bytes in a row", theirs.payload_bytes, mine.payload_bytes);
   }
-  if (theirs.scale_bytes != mine.scale_bytes) return differ("scales: bytes in a row", theirs.scale_bytes, mine.scale_bytes);
+  if (theirs.scale_bytes != mine.scale_bytes)
+    return differ("scales: bytes in a row", theirs.scale_bytes, mine.scale_bytes);
   if (theirs.topk != mine.topk) return differ("topk_idx: K", theirs.topk, mine.topk);
-  if (theirs.flags != mine.flags) return differ("topk_weights or handle: flags", theirs.flags, mine.flags);
+  if (theirs.flags != mine.flags)
+    return differ("topk_weights or handle: flags", theirs.flags, mine.flags);
   if (theirs.identity != mine.identity) {
     return differ("handle: number of the dispatch", theirs.identity, mine.identity);
   }
-  if (theirs.row_bytes != mine.row_bytes) return differ("bytes in a row", theirs.row_bytes, mine.row_bytes);
+  if (theirs.row_bytes != mine.row_bytes)
+    return differ("bytes in a row", theirs.row_bytes, mine.row_bytes);
   return "";
 }
 
@@ -37,11 +45,12 @@ std::string difference(const Agreed& theirs, const Agreed& mine) {
 void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, uint32_t source) {
   if (!call.failure.ok()) return;
   const std::string who = "rank " + std::to_string(header.origin);
-  const std::string phase =
-      std::string(call.kind == kDispatch ? "dispatch" : "combine") + " epoch " + std::to_string(epoch) + ": ";
+  const std::string phase = std::string(call.kind == kDispatch ? "dispatch" : "combine") +
+                            " epoch " + std::to_string(epoch) + ": ";
   if (header.epoch != epoch || header.version != kAbiVersion) {
-    call.failure = {Code::kTransport, phase + "window of rank " + std::to_string(source) + ": expected epoch " +
-                                          std::to_string(epoch) + ", found " + std::to_string(header.epoch)};
+    call.failure = {Code::kTransport, phase + "window of rank " + std::to_string(source) +
+                                          ": expected epoch " + std::to_string(epoch) + ", found " +
+                                          std::to_string(header.epoch)};
   } else if (header.kind != call.kind) {
     call.failure = {Code::kMismatch, phase + who + " called " +
                                          (header.kind == kDispatch ? "dispatch" : "combine") +
@@ -50,7 +59,8 @@ void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, ui
   } else if (header.status == kHeaderError) {
     call.failure = {Code::kPeerError, phase + who + " raised: " + header.text};
   } else if (header.status == kHeaderMissing) {
-    call.failure = {Code::kPeerTimeout, phase + who + " is missing; its forwarder says: " + header.text};
+    call.failure = {Code::kPeerTimeout,
+                    phase + who + " is missing; its forwarder says: " + header.text};
   } else if (header.status == kHeaderLost) {
     call.failure = {Code::kPeerLost, phase + who + " is lost; its forwarder says: " + header.text};
   } else if (call.error.ok()) {
@@ -77,7 +87,8 @@ Status Exchange::wait_headers(Call& call) {
     const uint32_t writer =
         forwarded ? shape_.rank_of[my_node_ * shape_.node_ranks + shape_.local_of[source]] : source;
     const Waited waited{&call, epoch, writer, "header", forwarded ? call.timeouts.verdict_s : 0};
-    if (Status status = wait(commit_word(base_, epoch, source), epoch, waited); !status.ok()) return status;
+    if (Status status = wait(commit_word(base_, epoch, source), epoch, waited); !status.ok())
+      return status;
     const std::byte* window = slot(base_, source, epoch);
     const Header& header = header_of(window);
     check_header(call, header, epoch, source);
@@ -87,14 +98,18 @@ Status Exchange::wait_headers(Call& call) {
     call.totals[source] = header.total_rows;
     call.identity = mix_digest(call.identity, header.routing) >> 1;
     if (header.status == kHeaderOk && call.error.ok()) {
-      std::memcpy(call.expert_rows.data() + static_cast<size_t>(source) * L, window + kHeaderBytes, L * sizeof(uint32_t));
+      std::memcpy(call.expert_rows.data() + static_cast<size_t>(source) * L, window + kHeaderBytes,
+                  L * sizeof(uint32_t));
     }
   }
-  if (call.kind == kCombine && shape_.hops_node) {  // contributions of other nodes come by the links
+  if (call.kind == kCombine &&
+      shape_.hops_node) {  // contributions of other nodes come by the links
     for (uint32_t n = 0; n < shape_.num_nodes; ++n) {
       if (n == my_node_) continue;
       const Waited waited{&call, epoch, rail_peer(n), "sums of its node", call.timeouts.verdict_s};
-      if (Status status = wait(commit_word(base_, epoch, shape_.num_ranks + n), epoch, waited); !status.ok()) return status;
+      if (Status status = wait(commit_word(base_, epoch, shape_.num_ranks + n), epoch, waited);
+          !status.ok())
+        return status;
       const Header& header = header_of(link_window(n, epoch));
       check_header(call, header, epoch, rail_peer(n));
       call.num_rounds = std::max(call.num_rounds, header.rounds);
@@ -109,16 +124,20 @@ Status Exchange::receive(Call& call, uint32_t round) {
   const bool combine_by_node = call.kind == kCombine && shape_.hops_node;
   for (uint32_t source = 0; source < shape_.num_ranks; ++source) {
     const bool remote = shape_.hops_node && !is_local(source);
-    const uint32_t writer = remote ? shape_.rank_of[my_node_ * shape_.node_ranks + shape_.local_of[source]] : source;
+    const uint32_t writer =
+        remote ? shape_.rank_of[my_node_ * shape_.node_ranks + shape_.local_of[source]] : source;
     const Waited waited{&call, epoch, writer, "rows", remote ? call.timeouts.verdict_s : 0};
-    if (Status status = wait(commit_word(base_, epoch, source), epoch, waited); !status.ok()) return status;
+    if (Status status = wait(commit_word(base_, epoch, source), epoch, waited); !status.ok())
+      return status;
     const std::byte* window = slot(base_, source, epoch);
     check_header(call, header_of(window), epoch, source);
   }
   for (uint32_t n = 0; combine_by_node && n < shape_.num_nodes; ++n) {
     if (n == my_node_) continue;
     const Waited waited{&call, epoch, rail_peer(n), "sums of its node", call.timeouts.verdict_s};
-    if (Status status = wait(commit_word(base_, epoch, shape_.num_ranks + n), epoch, waited); !status.ok()) return status;
+    if (Status status = wait(commit_word(base_, epoch, shape_.num_ranks + n), epoch, waited);
+        !status.ok())
+      return status;
     check_header(call, header_of(link_window(n, epoch)), epoch, rail_peer(n));
   }
   if (call.failure.ok() && call.error.ok()) {
@@ -158,19 +177,24 @@ void Exchange::unpack_slot(Call& call, uint32_t source, const std::byte* rows, u
 
 void Exchange::unpack_own(Call& call, uint32_t round) {
   const uint32_t lane = static_cast<uint32_t>(lane_of_rank_[shape_.rank]);
-  const uint32_t first = std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
-  const uint32_t last = std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity);
+  const uint32_t first =
+      std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
+  const uint32_t last =
+      std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity);
   const RowFormat& f = call.format;
   std::vector<std::byte> scales(f.scale_bytes);
   std::vector<int32_t> ids(f.topk);
   for (uint32_t t = first; t < last; ++t) {
     if (call.lane_rows[static_cast<size_t>(t) * num_lanes_ + lane] < 0) continue;
-    RowView row{call.source.x + t * call.source.x_stride, nullptr, nullptr, nullptr, static_cast<int32_t>(t)};
+    RowView row{call.source.x + t * call.source.x_stride, nullptr, nullptr, nullptr,
+                static_cast<int32_t>(t)};
     if (f.scale_bytes) {
       const uint32_t item = call.source.scale_item_bytes;
       for (uint32_t i = 0; i * item < f.scale_bytes; ++i) {
-        std::memcpy(scales.data() + i * item,
-                    call.source.scales + t * call.source.scale_stride_token + i * call.source.scale_stride, item);
+        std::memcpy(
+            scales.data() + i * item,
+            call.source.scales + t * call.source.scale_stride_token + i * call.source.scale_stride,
+            item);
       }
       row.scales = scales.data();
     }
@@ -179,7 +203,9 @@ void Exchange::unpack_own(Call& call, uint32_t round) {
         ids[k] = static_cast<int32_t>(call.source.topk_idx[static_cast<size_t>(t) * f.topk + k]);
       }
       row.ids = ids.data();
-      row.weights = call.source.topk_weights ? call.source.topk_weights + static_cast<size_t>(t) * f.topk : nullptr;
+      row.weights = call.source.topk_weights
+                        ? call.source.topk_weights + static_cast<size_t>(t) * f.topk
+                        : nullptr;
     }
     place_row(call, shape_.rank, row);
   }
@@ -192,12 +218,14 @@ void Exchange::place_row(Call& call, uint32_t source, const RowView& row) {
   const size_t out = call.row_starts[source] + call.received_rows[source]++;
   const auto put = [&](size_t place) {
     std::memcpy(call.out_x + place * f.payload_bytes, row.payload, f.payload_bytes);
-    if (f.scale_bytes) std::memcpy(call.out_scales + place * f.scale_bytes, row.scales, f.scale_bytes);
+    if (f.scale_bytes)
+      std::memcpy(call.out_scales + place * f.scale_bytes, row.scales, f.scale_bytes);
   };
   if (call.cached) {
     if (!call.expand) return put(out);
     for (uint32_t k = 0; k < K; ++k) {
-      if (const int32_t place = call.positions[out * K + k]; place >= 0) put(static_cast<size_t>(place));
+      if (const int32_t place = call.positions[out * K + k]; place >= 0)
+        put(static_cast<size_t>(place));
     }
     return;
   }
@@ -217,7 +245,8 @@ void Exchange::place_row(Call& call, uint32_t source, const RowView& row) {
       call.positions[out * K + k] = -1;
       continue;
     }
-    const uint64_t place = call.copy_places[static_cast<size_t>(source) * L + static_cast<size_t>(local)]++;
+    const uint64_t place =
+        call.copy_places[static_cast<size_t>(source) * L + static_cast<size_t>(local)]++;
     call.positions[out * K + k] = static_cast<int32_t>(place);
     put(place);
     if (call.out_ids) call.out_ids[place] = local;
@@ -230,8 +259,10 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
   const size_t row_bytes = call.format.row_bytes;
   const size_t num_items = call.format.payload_bytes / item_bytes(call.dtype);
   const uint32_t K = call.format.topk;
-  const uint32_t first = std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
-  const uint32_t last = std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity);
+  const uint32_t first =
+      std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
+  const uint32_t last =
+      std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity);
   node_sum_.resize(call.format.payload_bytes);
   node_columns_.resize(K);
   std::vector<const std::byte*> windows(num_lanes_);  // rows of each lane
@@ -239,7 +270,8 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
     if (!shape_.hops_node) {
       windows[lane] = slot(base_, lane, epoch) + kHeaderBytes;
     } else if (lane < shape_.node_ranks) {
-      windows[lane] = slot(base_, shape_.rank_of[my_node_ * shape_.node_ranks + lane], epoch) + kHeaderBytes;
+      windows[lane] =
+          slot(base_, shape_.rank_of[my_node_ * shape_.node_ranks + lane], epoch) + kHeaderBytes;
     } else if (lane - shape_.node_ranks != my_node_) {
       windows[lane] = link_window(lane - shape_.node_ranks, epoch) + kHeaderBytes;
     }
@@ -250,10 +282,12 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
   for (uint32_t t = first; t < last; ++t) {
     const int32_t* rows = call.lane_rows + static_cast<size_t>(t) * num_lanes_;
     terms.clear(), local.clear(), columns.clear(), local_columns.clear();
-    const auto add = [&](uint32_t lane, std::vector<Term>& to, std::vector<const float*>& columns_to) {
+    const auto add = [&](uint32_t lane, std::vector<Term>& to,
+                         std::vector<const float*>& columns_to) {
       if (rows[lane] < 0) return;
       if (starts[lane] < 0) starts[lane] = rows[lane];
-      const std::byte* row = windows[lane] + static_cast<size_t>(rows[lane] - starts[lane]) * row_bytes;
+      const std::byte* row =
+          windows[lane] + static_cast<size_t>(rows[lane] - starts[lane]) * row_bytes;
       to.push_back({row, 0, false});
       columns_to.push_back(reinterpret_cast<const float*>(row + call.format.weights_at));
     };
@@ -268,7 +302,8 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
           terms.push_back(local[0]);
           columns.push_back(local_columns[0]);
         } else if (!local.empty()) {
-          sum_rows(node_sum_.data(), local, nullptr, num_items, call.dtype);  // rounded like any other node's
+          sum_rows(node_sum_.data(), local, nullptr, num_items,
+                   call.dtype);  // rounded like any other node's
           terms.push_back({node_sum_.data(), 0, false});
           if (call.out_columns) sum_columns(node_columns_.data(), local_columns, K);
           columns.push_back(node_columns_.data());
@@ -284,13 +319,15 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
 void Exchange::release(uint64_t epoch) {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     if (is_local(r)) {
-      word_at(release_word(peers_[r].base, epoch, shape_.rank)).store(epoch, std::memory_order_release);  // H7
+      word_at(release_word(peers_[r].base, epoch, shape_.rank))
+          .store(epoch, std::memory_order_release);  // H7
       ring(bell(peers_[r].base));
     } else if (links_[r].present) {
       Transfer transfer{};
       transfer.channel = links_[r].release_channel;
       transfer.epoch = static_cast<uint32_t>(epoch & 0xffffu);
-      if (Status status = engine_.proxy().push(transfer, kRingFullTimeout); !status.ok()) fault_.raise(status);
+      if (Status status = engine_.proxy().push(transfer, kRingFullTimeout); !status.ok())
+        fault_.raise(status);
     }
   }
 }

@@ -1,8 +1,9 @@
 // The command ring: many producers (GPU CTAs, CPU threads), one consumer (the proxy). H2.
 //
-// A producer reserves a slot by one fetch_add, waits (bounded by the caller) until the consumer has taken the command a
-// lap ago, and stores two words that both carry the lap bit. The consumer takes a command when both words show the lap
-// it expects; a half-seen command is simply not there yet. ring.cuh is the device's producer of the same protocol.
+// A producer reserves a slot by one fetch_add, waits (bounded by the caller) until the consumer has
+// taken the command a lap ago, and stores two words that both carry the lap bit. The consumer takes
+// a command when both words show the lap it expects; a half-seen command is simply not there yet.
+// ring.cuh is the device's producer of the same protocol.
 #pragma once
 
 #include <atomic>
@@ -35,10 +36,13 @@ class RingProducer {
   void publish(uint64_t ticket, const Transfer& transfer) {
     const Command command = pack_command(transfer, lap_of(ticket));
     Command& slot = slots_[ticket & mask_];
-    std::atomic_ref(slot.word0).store(command.word0, std::memory_order_release);  // H2: either order will do
+    std::atomic_ref(slot.word0)
+        .store(command.word0, std::memory_order_release);  // H2: either order will do
     std::atomic_ref(slot.word1).store(command.word1, std::memory_order_release);
   }
-  uint32_t lap_of(uint64_t ticket) const { return (ticket / (mask_ + 1) + 1) & 1; }  // first lap writes 1 over 0
+  uint32_t lap_of(uint64_t ticket) const {
+    return (ticket / (mask_ + 1) + 1) & 1;
+  }  // first lap writes 1 over 0
 
  private:
   RingControl* control_;
@@ -63,7 +67,8 @@ class RingConsumer {
   }
 
  private:
-  bool both_words_there(Command& slot) const {  // H2: acquire, then the rows behind the command can be read
+  bool both_words_there(
+      Command& slot) const {  // H2: acquire, then the rows behind the command can be read
     const uint64_t lap = (next_ / (mask_ + 1) + 1) & 1;
     return (std::atomic_ref(slot.word0).load(std::memory_order_acquire) >> 63) == lap &&
            (std::atomic_ref(slot.word1).load(std::memory_order_acquire) >> 63) == lap;

@@ -5,10 +5,12 @@
 #include <cstring>
 #include <string>
 
-// One binary for every CPU of the architecture: the loader picks the clone. No clone may fuse multiply and add
+// One binary for every CPU of the architecture: the loader picks the clone. No clone may fuse
+// multiply and add
 // (-ffp-contract=off), so all give the same bits.
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define MOE_COMM_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#define MOE_COMM_CLONES \
+  __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
 #else
 #define MOE_COMM_CLONES
 #endif
@@ -16,7 +18,8 @@
 namespace moe_comm {
 namespace {
 
-constexpr size_t kBlock = 512;  // items summed at a time: the accumulators stay in the nearest cache
+constexpr size_t kBlock =
+    512;  // items summed at a time: the accumulators stay in the nearest cache
 
 struct BFloat16 {
   uint16_t bits;
@@ -24,21 +27,24 @@ struct BFloat16 {
 
 inline float load(const float* p) { return *p; }
 inline double load(const double* p) { return *p; }
-inline float load(const BFloat16* p) { return std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16); }
+inline float load(const BFloat16* p) {
+  return std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16);
+}
 inline float load(const _Float16* p) { return static_cast<float>(*p); }
 
 inline void store(float* p, float v) { *p = v; }
 inline void store(double* p, double v) { *p = v; }
 inline void store(_Float16* p, float v) { *p = static_cast<_Float16>(v); }
-inline void store(BFloat16* p, float v) {  // to nearest even; every NaN becomes the quiet one, as in torch
+inline void store(BFloat16* p,
+                  float v) {  // to nearest even; every NaN becomes the quiet one, as in torch
   const uint32_t bits = std::bit_cast<uint32_t>(v);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   p->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
 template <typename T, typename Acc>
-inline __attribute__((always_inline)) void sum_block(T* out, std::span<const Term> terms, const T* bias, size_t from,
-                                                     size_t n) {
+inline __attribute__((always_inline)) void sum_block(T* out, std::span<const Term> terms,
+                                                     const T* bias, size_t from, size_t n) {
   Acc acc[kBlock];
   size_t first = 0;
   if (bias) {
@@ -66,24 +72,28 @@ inline __attribute__((always_inline)) void sum_block(T* out, std::span<const Ter
 }
 
 template <typename T, typename Acc>
-inline __attribute__((always_inline)) void sum_all(std::byte* out, std::span<const Term> terms, const std::byte* bias,
-                                                   size_t num_items) {
+inline __attribute__((always_inline)) void sum_all(std::byte* out, std::span<const Term> terms,
+                                                   const std::byte* bias, size_t num_items) {
   for (size_t from = 0; from < num_items; from += kBlock) {
     sum_block<T, Acc>(reinterpret_cast<T*>(out), terms, reinterpret_cast<const T*>(bias), from,
                       std::min(kBlock, num_items - from));
   }
 }
 
-MOE_COMM_CLONES void sum_bfloat16(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t n) {
+MOE_COMM_CLONES void sum_bfloat16(std::byte* out, std::span<const Term> terms,
+                                  const std::byte* bias, size_t n) {
   sum_all<BFloat16, float>(out, terms, bias, n);
 }
-MOE_COMM_CLONES void sum_float16(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t n) {
+MOE_COMM_CLONES void sum_float16(std::byte* out, std::span<const Term> terms, const std::byte* bias,
+                                 size_t n) {
   sum_all<_Float16, float>(out, terms, bias, n);
 }
-MOE_COMM_CLONES void sum_float32(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t n) {
+MOE_COMM_CLONES void sum_float32(std::byte* out, std::span<const Term> terms, const std::byte* bias,
+                                 size_t n) {
   sum_all<float, float>(out, terms, bias, n);
 }
-MOE_COMM_CLONES void sum_float64(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t n) {
+MOE_COMM_CLONES void sum_float64(std::byte* out, std::span<const Term> terms, const std::byte* bias,
+                                 size_t n) {
   sum_all<double, double>(out, terms, bias, n);
 }
 
@@ -123,14 +133,16 @@ Status route(const int64_t* topk_idx, uint32_t num_tokens, uint32_t topk, uint32
       digest = mix_digest(digest, static_cast<uint64_t>(ids[k]));
       if (ids[k] == -1) continue;
       if (ids[k] < -1 || ids[k] >= static_cast<int64_t>(num_experts)) {
-        return {Code::kInvalid, "topk_idx: expected expert ids in [0, " + std::to_string(num_experts) +
-                                    ") or -1, got " + std::to_string(ids[k]) + " at [" + std::to_string(t) + ", " +
+        return {Code::kInvalid, "topk_idx: expected expert ids in [0, " +
+                                    std::to_string(num_experts) + ") or -1, got " +
+                                    std::to_string(ids[k]) + " at [" + std::to_string(t) + ", " +
                                     std::to_string(k) + "]"};
       }
       const auto expert = static_cast<uint32_t>(ids[k]);
       if (expert_stamp[expert] == t + 1) {
         return {Code::kInvalid, "topk_idx: expected different experts for one token, got expert " +
-                                    std::to_string(expert) + " twice at token " + std::to_string(t)};
+                                    std::to_string(expert) + " twice at token " +
+                                    std::to_string(t)};
       }
       expert_stamp[expert] = t + 1;
       ++out.expert_counts[expert];
@@ -166,12 +178,14 @@ void write_row(std::byte* row, const RowFormat& format, const TokenSource& sourc
   auto* row_ids = reinterpret_cast<int32_t*>(row + format.ids_at);
   for (uint32_t k = 0; k < format.topk; ++k) row_ids[k] = static_cast<int32_t>(ids[k]);
   if (source.topk_weights) {
-    std::memcpy(row + format.weights_at, source.topk_weights + static_cast<size_t>(token) * format.topk,
+    std::memcpy(row + format.weights_at,
+                source.topk_weights + static_cast<size_t>(token) * format.topk,
                 format.topk * sizeof(float));
   }
 }
 
-void sum_rows(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t num_items, DType dtype) {
+void sum_rows(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t num_items,
+              DType dtype) {
   if (terms.empty() || (terms.size() == 1 && !terms[0].weighted && !bias)) {
     const std::byte* only = terms.empty() ? bias : terms[0].row;
     if (only) {

@@ -1,7 +1,9 @@
-// The CPU's kernels: route, copy and sum rows. Plain loops over plain memory; no threads, no waits, no protocol.
+// The CPU's kernels: route, copy and sum rows. Plain loops over plain memory; no threads, no waits,
+// no protocol.
 //
-// Each has a torch twin in kernels/ and is compared with it bit for bit. They are C++ because the forwarder must run
-// without the interpreter's lock, and because torch's per-call overhead is most of the time at T = 128.
+// Each has a torch twin in kernels/ and is compared with it bit for bit. They are C++ because the
+// forwarder must run without the interpreter's lock, and because torch's per-call overhead is most
+// of the time at T = 128.
 #pragma once
 
 #include <cstddef>
@@ -22,9 +24,9 @@ struct RowFormat {
   uint32_t payload_bytes = 0;
   uint32_t scale_bytes = 0;  // 0: none
   uint32_t scales_at = 0;
-  uint32_t token_at = 0;     // int32 source token; fresh dispatch only
-  uint32_t ids_at = 0;       // int32 [topk], global expert ids; fresh dispatch only
-  uint32_t weights_at = 0;   // float32 [topk]: weights (fresh dispatch) or columns (combine), if any
+  uint32_t token_at = 0;    // int32 source token; fresh dispatch only
+  uint32_t ids_at = 0;      // int32 [topk], global expert ids; fresh dispatch only
+  uint32_t weights_at = 0;  // float32 [topk]: weights (fresh dispatch) or columns (combine), if any
   uint32_t topk = 0;
   uint32_t row_bytes = 0;
 };
@@ -37,7 +39,7 @@ inline uint64_t mix_digest(uint64_t digest, uint64_t word) {
 
 // --- route ---------------------------------------------------------------------------------------
 
-struct RouteTables {          // who goes where; D lanes, see Exchange
+struct RouteTables {            // who goes where; D lanes, see Exchange
   const int32_t* lane_of_rank;  // [R] the lane a row for this rank takes
   uint32_t num_lanes;
   uint32_t num_ranks;
@@ -50,8 +52,9 @@ struct Route {
   uint64_t digest = 0;                  // of topk_idx and its shape
 };
 
-// topk_idx [T, K] int64 -> lane_rows [T, D] int32: the token's row in each lane, counted from the first token of the
-// call, or -1. Deterministic: prefix counts in token order. Errors name the token and the entry.
+// topk_idx [T, K] int64 -> lane_rows [T, D] int32: the token's row in each lane, counted from the
+// first token of the call, or -1. Deterministic: prefix counts in token order. Errors name the
+// token and the entry.
 Status route(const int64_t* topk_idx, uint32_t num_tokens, uint32_t topk, uint32_t num_experts,
              const RouteTables& tables, int32_t* lane_rows, Route& out);
 
@@ -77,10 +80,12 @@ struct Term {
   bool weighted = false;
 };
 
-// out[h] = round(bias[h] + terms in order), accumulated in fp32 (fp64 for kFloat64); a product is rounded before it is
-// added, never fused. Without a bias the sum starts with the first term, so one plain term passes bit for bit.
-// No term and no bias: zeros. bias has the payload's dtype. out may not overlap the terms.
-void sum_rows(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t num_items, DType dtype);
+// out[h] = round(bias[h] + terms in order), accumulated in fp32 (fp64 for kFloat64); a product is
+// rounded before it is added, never fused. Without a bias the sum starts with the first term, so
+// one plain term passes bit for bit. No term and no bias: zeros. bias has the payload's dtype. out
+// may not overlap the terms.
+void sum_rows(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t num_items,
+              DType dtype);
 
 // fp32 columns: out[k] = sum of terms in order, starting with the first; no rounding; none: zeros.
 void sum_columns(float* out, std::span<const float* const> terms, size_t num_columns);

@@ -1,4 +1,5 @@
-// The sending half of an exchange, on the user's thread: credits, rows, headers, commits (H1), commands (H2).
+// The sending half of an exchange, on the user's thread: credits, rows, headers, commits (H1),
+// commands (H2).
 #include <algorithm>
 #include <cstring>
 
@@ -19,8 +20,8 @@ void set_text(Header& header, const std::string& text) {
 
 Status Exchange::route_tokens(Call& call) {
   const RouteTables tables{lane_of_rank_.data(), num_lanes_, shape_.num_ranks};
-  return route(call.source.topk_idx, call.num_tokens, call.format.topk, call.num_experts, tables, call.lane_rows,
-               call.routes);
+  return route(call.source.topk_idx, call.num_tokens, call.format.topk, call.num_experts, tables,
+               call.lane_rows, call.routes);
 }
 
 Header Exchange::make_header(const Call& call, uint64_t epoch) const {
@@ -39,7 +40,8 @@ Header Exchange::make_header(const Call& call, uint64_t epoch) const {
 }
 
 // A forwarder's header on behalf of a rank that did not deliver.
-Header Exchange::verdict(const Call& call, uint64_t epoch, uint32_t origin, const Status& why) const {
+Header Exchange::verdict(const Call& call, uint64_t epoch, uint32_t origin,
+                         const Status& why) const {
   Header header = make_header(call, epoch);
   header.status = why.code() == Code::kPeerTimeout ? kHeaderMissing : kHeaderLost;
   header.origin = origin;
@@ -52,7 +54,8 @@ Header Exchange::verdict(const Call& call, uint64_t epoch, uint32_t origin, cons
 Status Exchange::await_credits(const Call& call, uint64_t epoch) {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     if (!is_local(r) && !links_[r].present) continue;
-    if (Status status = wait(release_word(base_, epoch, r), epoch - kNumBanks, {&call, epoch, r, "release of its bank"});
+    if (Status status = wait(release_word(base_, epoch, r), epoch - kNumBanks,
+                             {&call, epoch, r, "release of its bank"});
         !status.ok()) {
       return status;
     }
@@ -74,7 +77,8 @@ Status Exchange::send(const std::shared_ptr<Call>& call) {
   if (Status status = await_credits(*call, epoch); !status.ok()) return status;
   ++next_epoch_;
   call->epochs.push_back(epoch);
-  Status status = call->kind == kDispatch ? send_dispatch(*call, epoch, round) : send_combine(*call, epoch, round);
+  Status status = call->kind == kDispatch ? send_dispatch(*call, epoch, round)
+                                          : send_combine(*call, epoch, round);
   if (!status.ok()) return status;
   if (forwarder_.joinable()) {
     std::lock_guard lock(work_mutex_);
@@ -88,7 +92,8 @@ Status Exchange::send(const std::shared_ptr<Call>& call) {
 
 void Exchange::commit(uint32_t rank, uint32_t index, uint64_t epoch) {
   std::byte* base = peers_[rank].base;
-  word_at(commit_word(base, epoch, index)).store(epoch, std::memory_order_release);  // H1: after rows and header
+  word_at(commit_word(base, epoch, index))
+      .store(epoch, std::memory_order_release);  // H1: after rows and header
   ring(bell(base));
 }
 
@@ -103,19 +108,25 @@ Status Exchange::push(Link& link, uint64_t epoch, size_t num_bytes) {
   return engine_.proxy().push(transfer, kRingFullTimeout);
 }
 
-// What the readers behind this window will get from us, over all rounds: enough to allocate outputs exactly.
+// What the readers behind this window will get from us, over all rounds: enough to allocate outputs
+// exactly.
 void Exchange::write_counts(const Call& call, std::byte* counts, uint32_t rank) const {
   const uint32_t L = num_local_experts(call);
-  std::memcpy(counts, call.routes.expert_counts.data() + static_cast<size_t>(rank) * L, L * sizeof(uint32_t));
+  std::memcpy(counts, call.routes.expert_counts.data() + static_cast<size_t>(rank) * L,
+              L * sizeof(uint32_t));
 }
 
 Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   const bool counts = round == 0 && call.error.ok() && !call.cached;
-  const uint32_t first = std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
+  const uint32_t first =
+      std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
   const uint32_t last =
-      call.error.ok() ? std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity) : first;
+      call.error.ok()
+          ? std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity)
+          : first;
   const size_t row_bytes = call.format.row_bytes;
-  const auto pack = [&](std::byte* window, bool link, uint32_t rank, uint32_t lane, bool skip_rows) {
+  const auto pack = [&](std::byte* window, bool link, uint32_t rank, uint32_t lane,
+                        bool skip_rows) {
     std::byte* rows = window + kHeaderBytes + counts_bytes(call, link);
     Header header = make_header(call, epoch);
     int32_t start = -1;
@@ -123,7 +134,8 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
       const int32_t row = call.lane_rows[static_cast<size_t>(t) * num_lanes_ + lane];
       if (row < 0) continue;
       if (start < 0) start = row;
-      if (!skip_rows) write_row(rows + static_cast<size_t>(row - start) * row_bytes, call.format, call.source, t);
+      if (!skip_rows)
+        write_row(rows + static_cast<size_t>(row - start) * row_bytes, call.format, call.source, t);
       ++header.rows;
     }
     if (counts && link && shape_.hops_node) {
@@ -146,7 +158,8 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     Link& link = links_[r];
     if (!link.present) continue;
-    const uint64_t rows = pack(send_region(link, epoch), true, r, static_cast<uint32_t>(lane_of_rank_[r]), false);
+    const uint64_t rows =
+        pack(send_region(link, epoch), true, r, static_cast<uint32_t>(lane_of_rank_[r]), false);
     const size_t num_bytes = kHeaderBytes + counts_bytes(call, true) + rows * row_bytes;
     if (Status status = push(link, epoch, num_bytes); !status.ok()) return status;
     stats_.rows_link += rows;
@@ -156,8 +169,8 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     if (!is_local(r)) continue;
     const bool own = r == shape_.rank && call.own_rows_direct;
-    const uint64_t rows =
-        pack(slot(peers_[r].base, shape_.rank, epoch), false, r, static_cast<uint32_t>(lane_of_rank_[r]), own);
+    const uint64_t rows = pack(slot(peers_[r].base, shape_.rank, epoch), false, r,
+                               static_cast<uint32_t>(lane_of_rank_[r]), own);
     stats_.rows_local += rows;
     stats_.bytes_local += rows * call.format.payload_bytes;
     commit(r, shape_.rank, epoch);
@@ -165,9 +178,10 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   return {};
 }
 
-// Results for the tokens [from, to) of the received rows of one source, one row each: a rank's own copies are summed
-// here (level 0), in lane order.
-void Exchange::write_results(Call& call, std::byte* rows, uint32_t source, uint32_t from, uint32_t to) {
+// Results for the tokens [from, to) of the received rows of one source, one row each: a rank's own
+// copies are summed here (level 0), in lane order.
+void Exchange::write_results(Call& call, std::byte* rows, uint32_t source, uint32_t from,
+                             uint32_t to) {
   const uint32_t K = call.format.topk;
   const size_t num_items = call.format.payload_bytes / item_bytes(call.dtype);
   std::vector<Term> terms;
@@ -186,11 +200,13 @@ void Exchange::write_results(Call& call, std::byte* rows, uint32_t source, uint3
     auto* columns = reinterpret_cast<float*>(rows + call.format.weights_at);
     for (uint32_t k = 0; k < K; ++k) {
       if (call.columns) {
-        columns[k] = call.columns_by_place ? (places[k] < 0 ? 0.0f : call.columns[places[k]]) : call.columns[row * K + k];
+        columns[k] = call.columns_by_place ? (places[k] < 0 ? 0.0f : call.columns[places[k]])
+                                           : call.columns[row * K + k];
       }
       if (places[k] < 0) continue;
       const bool weighted = call.y_weights != nullptr;
-      terms.push_back({call.y + places[k] * call.y_stride, weighted ? call.y_weights[places[k]] : 0.0f, weighted});
+      terms.push_back({call.y + places[k] * call.y_stride,
+                       weighted ? call.y_weights[places[k]] : 0.0f, weighted});
     }
     sum_rows(rows, terms, nullptr, num_items, call.dtype);
   }
@@ -201,7 +217,8 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
   const auto pack = [&](std::byte* window, uint32_t source) {
     Header header = make_header(call, epoch);
     if (call.error.ok()) {
-      const auto [from, to] = range_of_round(call, round, call.recv_tokens + call.row_starts[source], call.totals[source]);
+      const auto [from, to] = range_of_round(
+          call, round, call.recv_tokens + call.row_starts[source], call.totals[source]);
       write_results(call, window + kHeaderBytes, source, from, to);
       header.rows = to - from;
     }
@@ -213,14 +230,15 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
       Link& link = links_[r];
       if (!link.present) continue;
       const uint32_t rows = pack(send_region(link, epoch), r);
-      if (Status status = push(link, epoch, kHeaderBytes + rows * row_bytes); !status.ok()) return status;
+      if (Status status = push(link, epoch, kHeaderBytes + rows * row_bytes); !status.ok())
+        return status;
       stats_.rows_link += rows;
       stats_.bytes_link += static_cast<uint64_t>(rows) * call.format.payload_bytes;
       ++stats_.writes_link;
     }
   }
-  // To rank l of my node: the results for source l itself and, with hops="node", for its rails (n, l). Remote nodes
-  // first: their forwarders have a way to go.
+  // To rank l of my node: the results for source l itself and, with hops="node", for its rails (n,
+  // l). Remote nodes first: their forwarders have a way to go.
   const auto store = [&](uint32_t local, uint32_t node) {
     const uint32_t reader = shape_.rank_of[my_node_ * shape_.node_ranks + local];
     const uint32_t source = shape_.rank_of[node * shape_.node_ranks + local];

@@ -1,4 +1,5 @@
-// Errors are values: Status, Result<T>, and Fault, which keeps the first error of a thread that cannot throw.
+// Errors are values: Status, Result<T>, and Fault, which keeps the first error of a thread that
+// cannot throw.
 #pragma once
 
 #include <atomic>
@@ -14,14 +15,14 @@ namespace moe_comm {
 
 enum class Code {
   kOk,
-  kAgain,           // queue full: try later, nothing happened
-  kInvalid,         // a wrong argument, of this rank
-  kPeerError,       // a wrong argument, of another rank
-  kMismatch,        // ranks disagree
-  kPeerTimeout,     // a live peer is late
-  kPeerLost,        // a peer died, left, or gave up
-  kTransport,       // a call of the network failed
-  kClosed,          // used after close
+  kAgain,        // queue full: try later, nothing happened
+  kInvalid,      // a wrong argument, of this rank
+  kPeerError,    // a wrong argument, of another rank
+  kMismatch,     // ranks disagree
+  kPeerTimeout,  // a live peer is late
+  kPeerLost,     // a peer died, left, or gave up
+  kTransport,    // a call of the network failed
+  kClosed,       // used after close
 };
 
 class [[nodiscard]] Status {
@@ -32,8 +33,8 @@ class [[nodiscard]] Status {
   // call, errno's name and text: "mmap: ENOMEM (Cannot allocate memory)"
   static Status from_errno(const std::string& call, int error = errno) {
     const char* name = strerrorname_np(error);
-    return {Code::kTransport, call + ": " + (name ? name : "errno " + std::to_string(error)) + " (" +
-                                  strerrordesc_np(error) + ")"};
+    return {Code::kTransport, call + ": " + (name ? name : "errno " + std::to_string(error)) +
+                                  " (" + strerrordesc_np(error) + ")"};
   }
   bool ok() const { return code_ == Code::kOk; }
   Code code() const { return code_; }
@@ -48,8 +49,8 @@ class [[nodiscard]] Status {
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : state_(std::move(value)) {}          // NOLINT: implicit by design, as std::expected
-  Result(Status status) : state_(std::move(status)) {}   // NOLINT
+  Result(T value) : state_(std::move(value)) {}  // NOLINT: implicit by design, as std::expected
+  Result(Status status) : state_(std::move(status)) {}  // NOLINT
   bool ok() const { return std::holds_alternative<T>(state_); }
   const Status& status() const { return std::get<Status>(state_); }
   T& value() { return std::get<T>(state_); }
@@ -59,7 +60,8 @@ class [[nodiscard]] Result {
   std::variant<T, Status> state_;
 };
 
-// The first error of a background thread. `raised()` is one relaxed load; the text is read under a lock.
+// The first error of a background thread. `raised()` is one relaxed load; the text is read under a
+// lock.
 class Fault {
  public:
   void raise(Status status) {

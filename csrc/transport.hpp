@@ -1,8 +1,10 @@
-// A Transport is six functions; closing it is the destructor. Backends: shm, fabric (libfabric), verbs (libibverbs).
+// A Transport is six functions; closing it is the destructor. Backends: shm, fabric (libfabric),
+// verbs (libibverbs).
 //
-// Promise of every backend: writes are reliable and in no order at all; an immediate is reported only after the bytes
-// of its own write can be read by this host's CPUs (H4). Nothing is promised between two writes, even to one peer.
-// One proxy thread uses a transport; none of the six functions blocks.
+// Promise of every backend: writes are reliable and in no order at all; an immediate is reported
+// only after the bytes of its own write can be read by this host's CPUs (H4). Nothing is promised
+// between two writes, even to one peer. One proxy thread uses a transport; none of the six
+// functions blocks.
 #pragma once
 
 #include <cstddef>
@@ -20,11 +22,12 @@ namespace moe_comm {
 
 enum class PeerId : uint32_t {};  // index in this transport, dense, never reused
 
-using Address = std::vector<std::byte>;  // opaque, serialisable: all another process needs to connect
+using Address =
+    std::vector<std::byte>;  // opaque, serialisable: all another process needs to connect
 
 struct Capabilities {
-  size_t max_message_bytes = 0;  // longest single write
-  size_t queue_depth = 0;        // writes in flight before post_write says kAgain
+  size_t max_message_bytes = 0;                   // longest single write
+  size_t queue_depth = 0;                         // writes in flight before post_write says kAgain
   bool writes_local_memory_unregistered = false;  // local side of a write needs no registration
 };
 
@@ -32,7 +35,8 @@ struct Info {
   std::string name;  // "shm", "fabric:tcp;ofi_rxm@lo", "verbs:mlx5_0"
   Address address;
   Capabilities capabilities;
-  int wait_fd = -1;  // readable when poll() has something after poll(…, arm = true) returned 0; -1: the proxy naps
+  int wait_fd = -1;  // readable when poll() has something after poll(…, arm = true) returned 0; -1:
+                     // the proxy naps
 };
 
 struct WorkId {  // chosen by the proxy, returned with the completion
@@ -43,7 +47,7 @@ struct WriteRequest {
   PeerId peer{};
   const MemoryRegion* local = nullptr;  // null only when num_bytes == 0
   uint64_t local_offset = 0;
-  uint64_t num_bytes = 0;               // 0: immediate only (remote must still be valid: EFA asks for it)
+  uint64_t num_bytes = 0;  // 0: immediate only (remote must still be valid: EFA asks for it)
   const RemoteRegion* remote = nullptr;
   uint64_t remote_offset = 0;
   bool has_immediate = false;
@@ -53,9 +57,10 @@ struct WriteRequest {
 
 struct Completion {
   enum class Kind {
-    kWriteDone,    // id, status: our write ended; ok = the local bytes may be reused and the peer has them
-    kImmediate,    // immediate: a peer's write landed here
-    kPeerReady,    // peer: may be written to
+    kWriteDone,  // id, status: our write ended; ok = the local bytes may be reused and the peer has
+                 // them
+    kImmediate,  // immediate: a peer's write landed here
+    kPeerReady,  // peer: may be written to
     kPeerRefused,  // peer, status: will never be
     kPeerLost,     // peer, status: was ready and is no more
   };
@@ -72,13 +77,16 @@ class Transport {
   virtual const Info& info() const = 0;
   // May be called with bytes registered before. The region stays valid until its last copy is gone.
   virtual Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind) = 0;
-  // Never blocks; kPeerReady or kPeerRefused follows from poll(). Connecting twice to one address gives two peers.
+  // Never blocks; kPeerReady or kPeerRefused follows from poll(). Connecting twice to one address
+  // gives two peers.
   virtual Result<PeerId> connect(const Address& address) = 0;
   // Ends that peer's writes with an error each (reported by poll) and touches no other peer.
   virtual void disconnect(PeerId peer) noexcept = 0;
-  // kAgain: queue full, nothing was posted. Any other error: nothing was posted, the peer is to be given up.
+  // kAgain: queue full, nothing was posted. Any other error: nothing was posted, the peer is to be
+  // given up.
   virtual Status post_write(const WriteRequest& request) = 0;
-  // Fills `out` from the front. arm: the caller is about to sleep on wait_fd; must re-check after arming.
+  // Fills `out` from the front. arm: the caller is about to sleep on wait_fd; must re-check after
+  // arming.
   virtual size_t poll(std::span<Completion> out, bool arm) = 0;
 };
 
@@ -87,7 +95,8 @@ class Transport {
 using Secret = uint64_t;  // of the job: a peer that does not show it is refused
 
 Result<std::unique_ptr<Transport>> open_shm(Secret secret);
-// provider: "tcp;ofi_rxm", "shm", "efa", "verbs;ofi_rxm"; interface: source address or device, empty: provider's choice
+// provider: "tcp;ofi_rxm", "shm", "efa", "verbs;ofi_rxm"; interface: source address or device,
+// empty: provider's choice
 Result<std::unique_ptr<Transport>> open_fabric(Secret secret, const std::string& provider,
                                                const std::string& interface);
 

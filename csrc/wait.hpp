@@ -1,6 +1,7 @@
 // Waiting on few cores: spin, then yield, then sleep. And the doorbell that ends a sleep.
 //
-// A peer's always-spinning progress thread turns 20 us into 13.8 ms on two cores; so every loop here gives way early.
+// A peer's always-spinning progress thread turns 20 us into 13.8 ms on two cores; so every loop
+// here gives way early.
 #pragma once
 
 #include <linux/futex.h>
@@ -54,8 +55,8 @@ class Backoff {
   int idle_ = 0;
 };
 
-// The word once it differs from `old`, or as it is after `seconds`. For words whose writer rings no doorbell (a GPU):
-// spins, yields, then naps, each nap twice as long as the one before.
+// The word once it differs from `old`, or as it is after `seconds`. For words whose writer rings no
+// doorbell (a GPU): spins, yields, then naps, each nap twice as long as the one before.
 inline Counter wait_change(Counter& word, Counter old, double seconds) {
   constexpr long kShortestNap = 20'000, kLongestNap = 1'000'000;  // nanoseconds
   const auto start = Clock::now();
@@ -70,15 +71,17 @@ inline Counter wait_change(Counter& word, Counter old, double seconds) {
   }
 }
 
-// A futex in shared memory. Ringing costs one fence and one load while nobody sleeps. `sleepers` is changed only by the
-// process that owns the doorbell, so a peer killed in the middle leaves it right.
+// A futex in shared memory. Ringing costs one fence and one load while nobody sleeps. `sleepers` is
+// changed only by the process that owns the doorbell, so a peer killed in the middle leaves it
+// right.
 struct Doorbell {
   uint32_t rings;
   uint32_t sleepers;
 };
 
 inline void ring(Doorbell& bell) {
-  std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with the fence in sleep_on: store; fence; load
+  std::atomic_thread_fence(
+      std::memory_order_seq_cst);  // pairs with the fence in sleep_on: store; fence; load
   if (std::atomic_ref(bell.sleepers).load(std::memory_order_relaxed) == 0) return;
   std::atomic_ref(bell.rings).fetch_add(1, std::memory_order_release);
   syscall(SYS_futex, &bell.rings, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
@@ -91,8 +94,9 @@ void sleep_on(Doorbell& bell, double seconds, Ready&& ready) {
   const uint32_t seen = std::atomic_ref(bell.rings).load(std::memory_order_acquire);
   std::atomic_thread_fence(std::memory_order_seq_cst);
   if (!ready()) {
-    timespec limit{static_cast<time_t>(seconds),
-                   static_cast<long>((seconds - static_cast<double>(static_cast<time_t>(seconds))) * 1e9)};
+    timespec limit{
+        static_cast<time_t>(seconds),
+        static_cast<long>((seconds - static_cast<double>(static_cast<time_t>(seconds))) * 1e9)};
     syscall(SYS_futex, &bell.rings, FUTEX_WAIT, seen, &limit, nullptr, 0);
   }
   std::atomic_ref(bell.sleepers).fetch_sub(1, std::memory_order_relaxed);

@@ -7,6 +7,7 @@ from . import errors, reference
 from .autograd import CombineFunction, DispatchFunction, combine, dispatch
 from .buffer import Buffer
 from .dispatch import Dispatched
+from .engine import TransferEngine
 from .errors import (
     ArgumentError,
     ClosedError,
@@ -30,6 +31,7 @@ __all__ = [
     "Event",
     "Handle",
     "Hook",
+    "TransferEngine",
     "combine",
     "dispatch",
     "CombineFunction",

@@ -1,6 +1,6 @@
 """Differentiable dispatch and combine: `torch.library` ops with fake kernels, and plain autograd Functions.
 
-The backward of a dispatch is a combine, the backward of a combine is a dispatch with the cached handle; so a backward is
+The backward of a dispatch is a combine, the backward of a combine a dispatch with the cached handle; so a backward is
 collective, too, and runs in the same order on all ranks as long as they built the same graph. Gradients reach x,
 topk_weights, y, weights and bias.
 
@@ -177,7 +177,7 @@ def _(
 
 
 def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    buffer, x, _, topk_weights, *_ = inputs
+    buffer, x, *_ = inputs
     ctx.buffer, ctx.like_dtype = buffer, x.dtype
     ctx.shape, ctx.weights_shape = output[0].shape, output[2].shape
     ctx.save_for_backward(*output[3][:ANCHOR])
@@ -197,7 +197,10 @@ def _dispatch_op_backward(
             ctx.buffer, grad_x, handle, grad_weights
         )
     else:
-        back, back_weights = torch.ops.moe_comm.combine(ctx.buffer, grad_x, handle, None, None), None
+        back, back_weights = (
+            torch.ops.moe_comm.combine(ctx.buffer, grad_x, handle, None, None),
+            None,
+        )
     return None, back, None, back_weights, None, None, None, None
 
 
@@ -213,7 +216,9 @@ def _combine_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _combine_op_backward(ctx: Any, grad: Tensor) -> tuple:
-    saved = ctx.saved_tensors  # once: checkpointing recomputes at the first look and refuses a second
+    saved = (
+        ctx.saved_tensors
+    )  # once: checkpointing recomputes at the first look and refuses a second
     handle, rest = list(saved[:ANCHOR]), saved[ANCHOR:]
     rows = torch.ops.moe_comm.dispatch_again(ctx.buffer, grad, handle, ctx.shape)
     y, weights = rest if rest else (rows, None)

@@ -5,7 +5,7 @@ How an exchange works (the rest is in dispatch.py, combine.py, csrc/exchange.hpp
 - **One row per (token, node), then one per (token, rank).** hops="node": a token crosses the network once for each node
   that holds one of its experts, to the rank of its own local index there (the rail peer), which passes it on by shared
   memory; results are added on the way back. hops="rank": every pair of ranks on different nodes is linked directly.
-- **Epochs, banks, credits.** Every round of every call has a number, the epoch, in the order of calls, which is the same
+- **Epochs, banks, credits.** Each round of each call has a number, the epoch, in the order of calls, which is the same
   on all ranks. Each window exists twice, for even and odd epochs; a bank of epoch e may be written when its reader has
   released e - 2. Counters only grow; nobody resets what another may still read.
 - **The network promises no order.** Each write carries an immediate; the receiver counts them.
@@ -14,6 +14,7 @@ How an exchange works (the rest is in dispatch.py, combine.py, csrc/exchange.hpp
 """
 
 import atexit
+import contextlib
 import threading
 import weakref
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from .combine import CombineRequest, PendingCombine
 from .config import Config
-from .dispatch import Dispatched, DispatchRequest, PendingDispatch, expect
+from .dispatch import DispatchRequest, PendingDispatch, expect
 from .errors import ArgumentError, ClosedError, MoeCommError, PeerLost, PeerTimeout, TransportError
 from .event import Event, Hook
 from .exchange import open_exchange
@@ -53,7 +54,7 @@ class Buffer:
         name: for `torch.library` ops, which know a Buffer by it; default unique in this process.
 
     Raises: MismatchError if ranks pass different parameters; ArgumentError; TransportError with the reason.
-    Blocks while it is made. One thread may call at a time (others wait). Source: DeepEP's Buffer; the interface is ours.
+    Blocks while it is made. One thread calls at a time (others wait). Source: DeepEP's Buffer; the interface is ours.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class Buffer:
         """Sends each token to the ranks that own its experts. Not differentiable; see `moe_comm.dispatch`.
 
         Args:
-            x: [T, H], any dtype, H·itemsize a multiple of 16, rows contiguous; or a pair (payload [T, H], scales [T, S])
+            x: [T, H], any dtype, H·itemsize a multiple of 16, rows contiguous; or a pair (payload, scales [T, S])
                 with scales in any strides. T may differ from rank to rank and be 0.
             topk_idx: [T, K] int64 expert ids in [0, num_experts), −1: none; no id twice in a row.
             topk_weights: [T, K] float32, or None.
@@ -184,7 +185,16 @@ class Buffer:
         Blocks until all ranks called. x may be changed as soon as the call returned.
         """
         request = DispatchRequest(
-            x, topk_idx, topk_weights, num_experts, layout, alignment, handle, capacity, timeout_s, async_op == "hook"
+            x,
+            topk_idx,
+            topk_weights,
+            num_experts,
+            layout,
+            alignment,
+            handle,
+            capacity,
+            timeout_s,
+            async_op == "hook",
         )
         return self._run(PendingDispatch, request, "dispatches", async_op)
 
@@ -207,18 +217,25 @@ class Buffer:
                 float32 or float64; H may differ from the dispatch's.
             handle: of the dispatch; may be used more than once.
             weights: float32, y's shape without H: each copy is multiplied by its weight (layouts "expert", "padded").
-            topk_weights: float32 columns to be added without rounding: [rows, K] (layout "rank") or y's shape without H.
+            topk_weights: float32 columns, added without rounding: [rows, K] (layout "rank") or y's shape without H.
             bias: [T, H], where the sum starts.
             out: [T, H] to write into.
 
         Returns: [T, H] of y's dtype; with topk_weights a pair ([T, H], [T, K] float32); with async_op="event" a pair of
         that and an Event; with "hook" a Hook. Order of sums: combine.py. Raises as `dispatch`.
         """
-        request = CombineRequest(y, handle, weights, topk_weights, bias, out, timeout_s, async_op == "hook")
+        request = CombineRequest(
+            y, handle, weights, topk_weights, bias, out, timeout_s, async_op == "hook"
+        )
         return self._run(PendingCombine, request, "combines", async_op)
 
     def _run(self, kind: type, request: Any, counter: str, async_op: str | None) -> Any:
-        expect(async_op in (None, "event", "hook"), "async_op", 'None, "event" or "hook"', repr(async_op))
+        expect(
+            async_op in (None, "event", "hook"),
+            "async_op",
+            'None, "event" or "hook"',
+            repr(async_op),
+        )
         with self._lock:
             self._check_usable()
             pending = kind(self, request)
@@ -279,7 +296,9 @@ class Buffer:
             return
         self._unhooked = [(p, h) for p, h in self._unhooked if h is not hook]
         received, rounds = 0, 1
-        while received < rounds:  # more than one only where another rank broke the rule of one round
+        while (
+            received < rounds
+        ):  # more than one only where another rank broke the rule of one round
             if received == len(pending.call.epochs):
                 self._make_room()
                 pending.send()
@@ -316,10 +335,8 @@ class Buffer:
         self.close()
 
     def __del__(self) -> None:
-        try:
+        with contextlib.suppress(MoeCommError):
             self.close(0.0)
-        except MoeCommError:
-            pass
 
 
 class _Faults:
@@ -332,7 +349,9 @@ class _Faults:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (PeerTimeout, PeerLost, TransportError)) and not isinstance(error, ArgumentError):
+        if isinstance(error, (PeerTimeout, PeerLost, TransportError)) and not isinstance(
+            error, ArgumentError
+        ):
             self._buffer.native.fail(str(error))
 
 
@@ -347,7 +366,5 @@ def buffer_named(name: str) -> Buffer:
 @atexit.register
 def _close_all() -> None:
     for buffer in list(_buffers.values()):
-        try:
+        with contextlib.suppress(MoeCommError):
             buffer.close(1.0)
-        except MoeCommError:
-            pass

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .dispatch import COMBINE, FLAG_WEIGHTS, check_handle, check_rows, describe, error_call, expect, load_forward
+from .dispatch import (
+    COMBINE,
+    FLAG_WEIGHTS,
+    check_handle,
+    check_rows,
+    describe,
+    error_call,
+    expect,
+    load_forward,
+)
 from .errors import ArgumentError
 from .handle import Handle
 from .layout import DTYPE_CODES, RowFormat
@@ -68,7 +77,12 @@ class PendingCombine:
             f"[{', '.join(map(str, shape))}]", describe(request.y),
         )  # fmt: skip
         hidden = request.y.shape[-1]
-        y = check_rows("y", request.y.reshape(-1, hidden) if handle.num_places else request.y.new_empty((0, hidden)))
+        y = check_rows(
+            "y",
+            request.y.reshape(-1, hidden)
+            if handle.num_places
+            else request.y.new_empty((0, hidden)),
+        )
         expect(y.dtype in DTYPE_CODES, "y", "bfloat16, float16, float32 or float64", describe(y))
         num_tokens, topk = handle.num_tokens, handle.topk
         self._check_weights(handle)
@@ -104,7 +118,12 @@ class PendingCombine:
         request, call = self.request, self.call
         if request.weights is not None:
             weights = request.weights
-            expect(handle.layout != "rank", "weights", "None with layout 'rank' (rows are already summed)", "a tensor")
+            expect(
+                handle.layout != "rank",
+                "weights",
+                "None with layout 'rank' (rows are already summed)",
+                "a tensor",
+            )
             expect(
                 isinstance(weights, Tensor) and weights.dtype == torch.float32 and weights.device.type == "cpu"
                 and tuple(weights.shape) == handle.place_shape, "weights", f"float32 {handle.place_shape} on the CPU",
@@ -115,7 +134,11 @@ class PendingCombine:
             self.held.append(weights)
         if request.topk_weights is not None:
             columns = request.topk_weights
-            shape = handle.place_shape if handle.layout != "rank" else (handle.num_recv_rows, handle.topk)
+            shape = (
+                handle.place_shape
+                if handle.layout != "rank"
+                else (handle.num_recv_rows, handle.topk)
+            )
             expect(
                 isinstance(columns, Tensor) and columns.dtype == torch.float32 and columns.device.type == "cpu"
                 and tuple(columns.shape) == shape, "topk_weights", f"float32 {shape} on the CPU", describe(columns),

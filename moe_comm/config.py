@@ -10,15 +10,39 @@ from typing import Any
 from .errors import ArgumentError
 
 VARIABLES: dict[str, tuple[type, Any, str]] = {
-    "MOE_COMM_TRANSPORT": (str, "auto", "what carries rows between nodes: auto, shm, fabric:<libfabric provider>"),
-    "MOE_COMM_INTERFACE": (str, "", "interface, device or source address of the transport; empty: its own choice"),
-    "MOE_COMM_RANKS_PER_NODE": (int, 0, "pretend nodes of this many consecutive ranks; 0: ask the machines"),
+    "MOE_COMM_TRANSPORT": (
+        str,
+        "auto",
+        "what carries rows between nodes: auto, shm, fabric:<libfabric provider>",
+    ),
+    "MOE_COMM_INTERFACE": (
+        str,
+        "",
+        "interface, device or source address of the transport; empty: its own choice",
+    ),
+    "MOE_COMM_RANKS_PER_NODE": (
+        int,
+        0,
+        "pretend nodes of this many consecutive ranks; 0: ask the machines",
+    ),
     "MOE_COMM_WINDOW_BYTES": (int, 512 * 10**6, "bytes of receive and send windows of one Buffer"),
     "MOE_COMM_TIMEOUT_S": (float, 300.0, "seconds until a live but late peer is an error"),
     "MOE_COMM_SILENCE_S": (float, 30.0, "seconds without heartbeat until a peer is lost"),
-    "MOE_COMM_SHARD_BYTES": (int, 0, "split messages into writes of this size; 0: only where they must be"),
-    "MOE_COMM_CHAOS_SEED": (int, 0, "tests: a seed makes the transport delay and reorder everything"),
-    "MOE_COMM_FIRST_EPOCH": (int, 2, "tests: number of a Buffer's first exchange, even, at least 2"),
+    "MOE_COMM_SHARD_BYTES": (
+        int,
+        0,
+        "split messages into writes of this size; 0: only where they must be",
+    ),
+    "MOE_COMM_CHAOS_SEED": (
+        int,
+        0,
+        "tests: a seed makes the transport delay and reorder everything",
+    ),
+    "MOE_COMM_FIRST_EPOCH": (
+        int,
+        2,
+        "tests: number of a Buffer's first exchange, even, at least 2",
+    ),
 }
 
 

@@ -36,12 +36,12 @@ class Dispatched:
 
     - layout "rank": `x` [rows, H], one row for each token with an expert here; `topk_idx` [rows, K] int64 local expert
       ids, −1 elsewhere; `topk_weights` [rows, K] float32, 0 elsewhere.
-    - layout "expert": `x` [P, H], one row for each (token, local expert), grouped by expert, each group padded with zero
+    - layout "expert": `x` [P, H], one row for each (token, local expert), grouped by expert, groups padded with zero
       rows to a multiple of `alignment`; `topk_idx` [P] int64 local expert (−1: padding); `topk_weights` [P] float32.
     - layout "padded": `x` [L, capacity, H], expert l's rows first, zeros behind; `topk_idx` None; `topk_weights`
       [L, capacity] float32.
 
-    `x` is a pair (payload, scales) if one was passed; `topk_weights` is None if none were. `tokens_per_expert` [L] int64
+    `x` is a pair (payload, scales) if one was passed, `topk_weights` None if none were. `tokens_per_expert` [L] int64
     counts copies, padding not included. `handle` goes to combine. All are fresh tensors, owned by the caller.
     """
 
@@ -87,8 +87,18 @@ def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
     expect(value.device.type == "cpu", name, "a CPU tensor", describe(value))
     expect(value.dim() == 2, name, shape, describe(value))
     row_bytes = value.shape[1] * value.element_size()
-    expect(row_bytes > 0 and row_bytes % 16 == 0, name, "rows of a multiple of 16 bytes", describe(value))
-    expect(value.shape[0] == 0 or value.stride(1) == 1, name, "rows that are contiguous", f"strides {value.stride()}")
+    expect(
+        row_bytes > 0 and row_bytes % 16 == 0,
+        name,
+        "rows of a multiple of 16 bytes",
+        describe(value),
+    )
+    expect(
+        value.shape[0] == 0 or value.stride(1) == 1,
+        name,
+        "rows that are contiguous",
+        f"strides {value.stride()}",
+    )
     return value.detach()
 
 
@@ -129,13 +139,21 @@ class PendingDispatch:
         scales = self._check_scales(scales, num_tokens)
         expect(request.layout in LAYOUTS, "layout", f"one of {LAYOUTS}", repr(request.layout))
         expect(
-            isinstance(request.alignment, int) and request.alignment >= 1, "alignment", "an int >= 1", request.alignment
+            isinstance(request.alignment, int) and request.alignment >= 1,
+            "alignment",
+            "an int >= 1",
+            request.alignment,
         )
         if request.layout == "padded" and request.handle is None:
             capacity = self.buffer.padded_capacity(request.capacity)
             expect(isinstance(capacity, int) and capacity >= 1, "capacity", "an int >= 1", capacity)
         limit = self.buffer.max_tokens
-        expect(limit is None or num_tokens <= limit, name, f"at most max_tokens = {limit} tokens", describe(x))
+        expect(
+            limit is None or num_tokens <= limit,
+            name,
+            f"at most max_tokens = {limit} tokens",
+            describe(x),
+        )
         if request.handle is not None:
             topk, num_experts = self._check_cached(request.handle, num_tokens)
         else:
@@ -147,12 +165,18 @@ class PendingDispatch:
         call.own_rows_direct = not request.deferred
         scale_bytes = 0 if scales is None else scales.shape[1] * scales.element_size()
         row = RowFormat.of_dispatch(
-            hidden * x.element_size(), scale_bytes, topk, weights=request.topk_weights is not None, cached=call.cached
+            hidden * x.element_size(),
+            scale_bytes,
+            topk,
+            weights=request.topk_weights is not None,
+            cached=call.cached,
         )
         layout = self.buffer.layout
         counts = 0
         if not call.cached:
-            counts = counts_bytes(num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node")
+            counts = counts_bytes(
+                num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node"
+            )
         call.num_tokens, call.num_experts = num_tokens, num_experts
         call.capacity = layout.capacity_for(row.row_bytes, counts)
         if request.deferred:
@@ -176,7 +200,9 @@ class PendingDispatch:
             call.set_scale_strides(scales.stride(0) * item, scales.stride(1) * item, item)
         self.held += [x, scales]
         if request.handle is None:
-            self.lane_rows = torch.empty((num_tokens, self.buffer.native.num_lanes), dtype=torch.int32)
+            self.lane_rows = torch.empty(
+                (num_tokens, self.buffer.native.num_lanes), dtype=torch.int32
+            )
             call.lane_rows = self.lane_rows.data_ptr()
             self.buffer.native.route(call)  # raises for ids out of range and for an expert twice
         else:
@@ -202,7 +228,12 @@ class PendingDispatch:
             idx.dtype == torch.int64 and idx.dim() == 2 and idx.device.type == "cpu", "topk_idx",
             "int64 [T, K] on the CPU", describe(idx),
         )  # fmt: skip
-        expect(idx.shape[0] == num_tokens and idx.shape[1] >= 1, "topk_idx", f"[{num_tokens}, K >= 1]", describe(idx))
+        expect(
+            idx.shape[0] == num_tokens and idx.shape[1] >= 1,
+            "topk_idx",
+            f"[{num_tokens}, K >= 1]",
+            describe(idx),
+        )
         expect(
             isinstance(request.num_experts, int) and 0 < request.num_experts < 2**31, "num_experts", "an int >= 1",
             request.num_experts,
@@ -223,10 +254,27 @@ class PendingDispatch:
     def _check_cached(self, handle: Handle, num_tokens: int) -> tuple[int, int]:
         request = self.request
         check_handle(self.buffer, handle)
-        expect(request.topk_idx is None, "topk_idx", "None with a handle", describe(request.topk_idx))
-        expect(request.topk_weights is None, "topk_weights", "None with a handle", describe(request.topk_weights))
-        expect(request.layout == handle.layout, "layout", f"{handle.layout!r}, the handle's", repr(request.layout))
-        expect(num_tokens == handle.num_tokens, "x", f"{handle.num_tokens} tokens, the handle's", num_tokens)
+        expect(
+            request.topk_idx is None, "topk_idx", "None with a handle", describe(request.topk_idx)
+        )
+        expect(
+            request.topk_weights is None,
+            "topk_weights",
+            "None with a handle",
+            describe(request.topk_weights),
+        )
+        expect(
+            request.layout == handle.layout,
+            "layout",
+            f"{handle.layout!r}, the handle's",
+            repr(request.layout),
+        )
+        expect(
+            num_tokens == handle.num_tokens,
+            "x",
+            f"{handle.num_tokens} tokens, the handle's",
+            num_tokens,
+        )
         return handle.topk, handle.num_experts
 
     # --- sending and receiving ---------------------------------------------------------------------
@@ -270,13 +318,19 @@ class PendingDispatch:
             call.positions = handle.positions.data_ptr() if call.expand else 0
             padded = call.expand
         else:
-            copies = torch.tensor(call.expert_rows, dtype=torch.int64).view(num_ranks, slots)[:, :owned]
+            copies = torch.tensor(call.expert_rows, dtype=torch.int64).view(num_ranks, slots)[
+                :, :owned
+            ]
             self.tokens_per_expert = copies.sum(0)
             self.recv_tokens = torch.empty(rows, dtype=torch.int32)
             call.recv_tokens = self.recv_tokens.data_ptr()
             places, shape, padded = self._place(copies, rows, slots)
         x = self._new((places, self.hidden), self.dtype, padded)
-        scales = self._new((places, self.scale_shape[0]), self.scale_shape[1], padded) if self.scale_shape else None
+        scales = (
+            self._new((places, self.scale_shape[0]), self.scale_shape[1], padded)
+            if self.scale_shape
+            else None
+        )
         call.out_x = x.data_ptr()
         call.out_scales = 0 if scales is None else scales.data_ptr()
         ids = weights = None
@@ -367,10 +421,27 @@ def error_call(kind: int, text: str, buffer: "Buffer", timeout_s: float | None) 
 def check_handle(buffer: "Buffer", handle: Any) -> None:
     """Raises ArgumentError unless the handle is one of this group, rank and path, and complete."""
     expect(isinstance(handle, Handle), "handle", "a Handle of Buffer.dispatch", describe(handle))
-    expect(handle.complete, "handle", "a dispatch that was received", "one whose hook was not called yet")
-    expect(handle.group_key == buffer.group_key, "handle", "one of this group", "one of another group")
-    expect(handle.rank == buffer.rank, "handle", f"one of rank {buffer.rank}", f"one of rank {handle.rank}")
-    expect(handle.hops == buffer.hops, "handle", f"hops={buffer.hops!r}, as this Buffer", f"hops={handle.hops!r}")
+    expect(
+        handle.complete,
+        "handle",
+        "a dispatch that was received",
+        "one whose hook was not called yet",
+    )
+    expect(
+        handle.group_key == buffer.group_key, "handle", "one of this group", "one of another group"
+    )
+    expect(
+        handle.rank == buffer.rank,
+        "handle",
+        f"one of rank {buffer.rank}",
+        f"one of rank {handle.rank}",
+    )
+    expect(
+        handle.hops == buffer.hops,
+        "handle",
+        f"hops={buffer.hops!r}, as this Buffer",
+        f"hops={handle.hops!r}",
+    )
 
 
 def load_forward(call: _engine.Call, handle: Handle, node_ranks: int) -> None:

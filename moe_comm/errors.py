@@ -3,7 +3,7 @@
 - `MoeCommError` (RuntimeError): base.
   - `ArgumentError` (ValueError): a wrong argument of this rank. Names it, what was expected, what was found. If it was
     found inside a collective call, this rank took part with zero tokens, and the others raise `PeerError`.
-  - `PeerError`: another rank's argument was wrong; carries that rank's text. The call is over everywhere, the next works.
+  - `PeerError`: another rank's argument was wrong; carries its text. The call is over everywhere, the next works.
     - `MismatchError`: ranks passed different parameters (num_experts, hidden size, dtype, another dispatch, …).
   - `PeerTimeout` (TimeoutError): a peer that lives did not come before the deadline. The Buffer is spent.
   - `PeerLost` (ConnectionError): a peer died, closed, or gave up. The Buffer is spent.

@@ -54,7 +54,11 @@ def open_exchange(
         "local_of": topology.local_of, "rank_of": topology.rank_of,
     }  # fmt: skip
     if hops == "node":
-        linked = [r for r in range(group.num_ranks) if topology.local_of[r] == topology.local_of[group.rank]]
+        linked = [
+            r
+            for r in range(group.num_ranks)
+            if topology.local_of[r] == topology.local_of[group.rank]
+        ]
     else:
         linked = list(range(group.num_ranks))
     linked = [r for r in linked if not topology.is_local(r)]
@@ -67,7 +71,9 @@ def open_exchange(
             "segment": native.segment, "region": native.region, "address": engine.address, "rows": rows,
         }  # fmt: skip
 
-    (engine, native, _), offers = _all_or_none(group, "opening the transport", prepare, lambda made: made[2])
+    (engine, native, _), offers = _all_or_none(
+        group, "opening the transport", prepare, lambda made: made[2]
+    )
 
     def connect() -> None:
         for r in range(group.num_ranks):
@@ -78,7 +84,9 @@ def open_exchange(
             try:
                 engine.wait_ready(peer, CONNECT_TIMEOUT_S)
             except MoeCommError as error:
-                raise TransportError(f"rank {group.rank} to rank {r} over {engine.transport}: {error}") from None
+                raise TransportError(
+                    f"rank {group.rank} to rank {r} over {engine.transport}: {error}"
+                ) from None
             window, release = offers[r]["rows"][group.rank]
             native.link_peer(r, peer, offers[r]["region"], window, release)
 

@@ -20,7 +20,9 @@ from .errors import ArgumentError, MismatchError, PeerTimeout
 
 GATHER_TIMEOUT_S = 300.0
 
-_process_groups: dict[str, "EPGroup"] = {}  # by c10d's name: a Buffer's successor meets the same EPGroup
+_process_groups: dict[
+    str, "EPGroup"
+] = {}  # by c10d's name: a Buffer's successor meets the same EPGroup
 
 
 class EPGroup:
@@ -62,10 +64,14 @@ class EPGroup:
             return group
         if group is None:
             if not dist.is_initialized():
-                raise ArgumentError("group: expected a ProcessGroup, or torch.distributed initialised, got None")
+                raise ArgumentError(
+                    "group: expected a ProcessGroup, or torch.distributed initialised, got None"
+                )
             group = dist.group.WORLD
         if not isinstance(group, dist.ProcessGroup):
-            raise ArgumentError(f"group: expected a torch ProcessGroup or an EPGroup, got {type(group).__name__}")
+            raise ArgumentError(
+                f"group: expected a torch ProcessGroup or an EPGroup, got {type(group).__name__}"
+            )
         made = _process_groups.get(group.group_name)
         if made is None or made.process_group is not group:
             made = _ProcessGroup(group)
@@ -74,7 +80,13 @@ class EPGroup:
 
     @classmethod
     def from_store(
-        cls, store: "dist.Store", rank: int, num_ranks: int, *, name: str = "ep", timeout_s: float = GATHER_TIMEOUT_S
+        cls,
+        store: "dist.Store",
+        rank: int,
+        num_ranks: int,
+        *,
+        name: str = "ep",
+        timeout_s: float = GATHER_TIMEOUT_S,
     ) -> "EPGroup":
         """Ranks that share a torch Store (FileStore, TCPStore, HashStore). `name` keeps groups on one store apart."""
         if not 0 <= rank < num_ranks:
@@ -155,7 +167,13 @@ class Topology:
         for n, node in enumerate(nodes):
             for local, r in enumerate(node):
                 node_of[r], local_of[r] = n, local
-        return cls(rank, num_ranks, tuple(node_of), tuple(local_of), tuple(r for node in nodes for r in node))
+        return cls(
+            rank,
+            num_ranks,
+            tuple(node_of),
+            tuple(local_of),
+            tuple(r for node in nodes for r in node),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +214,8 @@ def survey(group: EPGroup, ranks_per_node: int, agreed: dict[str, Any]) -> Surve
                 f"ranks_per_node: expected a divisor of {num_ranks} ranks, got {ranks_per_node}"
             )
         nodes = [
-            list(range(first, first + ranks_per_node)) for first in range(0, num_ranks, ranks_per_node)
+            list(range(first, first + ranks_per_node))
+            for first in range(0, num_ranks, ranks_per_node)
         ]
         for node in nodes:
             for a in node:

@@ -32,7 +32,11 @@ def dtype_code(dtype: torch.dtype) -> int:
     code = DTYPE_CODES.get(dtype)
     if code is not None:
         return code
-    return 16 * (1 + sorted(str(d) for d in _BYTE_DTYPES).index(str(dtype))) if dtype in _BYTE_DTYPES else 0
+    return (
+        16 * (1 + sorted(str(d) for d in _BYTE_DTYPES).index(str(dtype)))
+        if dtype in _BYTE_DTYPES
+        else 0
+    )
 
 
 _BYTE_DTYPES = [
@@ -108,7 +112,14 @@ class WindowLayout:
 
     @classmethod
     def for_rows(
-        cls, num_ranks: int, num_nodes: int, hops: str, *, capacity: int, row_bytes: int, num_experts: int
+        cls,
+        num_ranks: int,
+        num_nodes: int,
+        hops: str,
+        *,
+        capacity: int,
+        row_bytes: int,
+        num_experts: int,
     ) -> "WindowLayout":
         """Windows of exactly `capacity` rows of `row_bytes`."""
         node_ranks = num_ranks // num_nodes
@@ -118,13 +129,25 @@ class WindowLayout:
 
     @classmethod
     def for_budget(
-        cls, num_ranks: int, num_nodes: int, hops: str, *, window_bytes: int, row_bytes: int, num_experts: int
+        cls,
+        num_ranks: int,
+        num_nodes: int,
+        hops: str,
+        *,
+        window_bytes: int,
+        row_bytes: int,
+        num_experts: int,
     ) -> "WindowLayout":
         """The largest C whose windows take at most `window_bytes`; at least one row."""
         probe = cls(num_ranks, num_nodes, num_ranks // num_nodes, hops, 0, 1, 1)
         capacity = max(1, window_bytes // (probe.num_windows * row_bytes))
         return cls.for_rows(
-            num_ranks, num_nodes, hops, capacity=capacity, row_bytes=row_bytes, num_experts=num_experts
+            num_ranks,
+            num_nodes,
+            hops,
+            capacity=capacity,
+            row_bytes=row_bytes,
+            num_experts=num_experts,
         )
 
     @property

@@ -11,8 +11,9 @@ import traceback
 from multiprocessing.connection import wait as wait_for
 
 import pytest
-import moe_comm
 from rank_process import rank_main
+
+import moe_comm
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm"])
@@ -60,7 +61,9 @@ def run_ranks(tmp_path):
                 except EOFError:
                     processes[rank].join(5)
                     if rank not in may_die:
-                        errors[rank] = f"ended without a result, exit code {processes[rank].exitcode}"
+                        errors[rank] = (
+                            f"ended without a result, exit code {processes[rank].exitcode}"
+                        )
                     continue
                 if kind == "ok":
                     results[rank] = value
@@ -90,7 +93,7 @@ def run_ranks(tmp_path):
 
 @pytest.fixture
 def run_threads():
-    """`run_threads(fn, n, timeout_s=60, **options)`: fn(buffer, rank) in n threads, each with a Buffer of its own group."""
+    """`run_threads(fn, n, timeout_s=60, **options)`: fn(buffer, rank) in n threads, one Buffer each."""
 
     def run(fn, num_ranks, timeout_s=60, **options):
         groups = moe_comm.EPGroup.threads(num_ranks)

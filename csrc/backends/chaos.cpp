@@ -1,7 +1,9 @@
-// An adversarial transport for tests: what a network that promises no order may do, it does, from a seed.
+// An adversarial transport for tests: what a network that promises no order may do, it does, from a
+// seed.
 //
-// Wraps another transport. Every write is held back for a random number of polls and the held ones are posted in random
-// order; now and then the queue claims to be full; completions and immediates are handed out in random order.
+// Wraps another transport. Every write is held back for a random number of polls and the held ones
+// are posted in random order; now and then the queue claims to be full; completions and immediates
+// are handed out in random order.
 #include <algorithm>
 #include <deque>
 #include <random>
@@ -13,7 +15,8 @@ namespace {
 
 class ChaosTransport final : public Transport {
  public:
-  ChaosTransport(std::unique_ptr<Transport> inner, uint64_t seed) : inner_(std::move(inner)), random_(seed) {
+  ChaosTransport(std::unique_ptr<Transport> inner, uint64_t seed)
+      : inner_(std::move(inner)), random_(seed) {
     info_ = inner_->info();
     info_.name += "+chaos";
     info_.wait_fd = -1;  // held writes need our poll
@@ -47,7 +50,8 @@ class ChaosTransport final : public Transport {
       ready_[pick] = std::move(ready_.back());
       ready_.pop_back();
     }
-    if (given == 0 && arm && (!held_.empty() || !ready_.empty())) {  // nothing may be left waiting while asleep
+    if (given == 0 && arm &&
+        (!held_.empty() || !ready_.empty())) {  // nothing may be left waiting while asleep
       release_some();
     }
     return given;

@@ -1,10 +1,12 @@
-// The shm backend: ranks of one host write into each other's memory through the kernel's page cache. Always there.
+// The shm backend: ranks of one host write into each other's memory through the kernel's page
+// cache. Always there.
 //
-// An endpoint is one memfd segment with a table of hellos (one slot for each peer that writes to us) and, for each slot,
-// a single-producer ring of immediates. post_write copies the bytes itself (memcpy into a mapped segment, or
-// process_vm_writev into memory that is no segment) and then pushes the immediate, so H4 is a release store.
-// A bitmap tells the reader which rings to look at, a pipe (opened by peers through /proc/PID/fd) wakes it.
-// A peer killed at any instruction leaves at most one claimed slot in our table and nothing else.
+// An endpoint is one memfd segment with a table of hellos (one slot for each peer that writes to
+// us) and, for each slot, a single-producer ring of immediates. post_write copies the bytes itself
+// (memcpy into a mapped segment, or process_vm_writev into memory that is no segment) and then
+// pushes the immediate, so H4 is a release store. A bitmap tells the reader which rings to look at,
+// a pipe (opened by peers through /proc/PID/fd) wakes it. A peer killed at any instruction leaves
+// at most one claimed slot in our table and nothing else.
 #include <fcntl.h>
 #include <sys/prctl.h>
 #include <sys/uio.h>
@@ -65,7 +67,8 @@ std::atomic_ref<T> at(T& value) {
 
 void write_byte(int fd) {
   const char byte = 0;
-  [[maybe_unused]] const ssize_t ignored = ::write(fd, &byte, 1);  // full pipe: the reader will wake anyway
+  [[maybe_unused]] const ssize_t ignored =
+      ::write(fd, &byte, 1);  // full pipe: the reader will wake anyway
 }
 
 void wake(Endpoint& endpoint, int pipe_fd) {
@@ -79,7 +82,8 @@ FileDescriptor open_pipe_of(const EndpointName& name) {
   return FileDescriptor(::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC));
 }
 
-// How a region travels: MemoryRegion::extra = {segment?, pid, fd, inode, segment bytes}; key = a check over them.
+// How a region travels: MemoryRegion::extra = {segment?, pid, fd, inode, segment bytes}; key = a
+// check over them.
 uint64_t key_of(uint64_t base, uint64_t num_bytes, const std::vector<uint64_t>& extra) {
   uint64_t hash = 0xcbf29ce484222325;
   auto mix = [&hash](uint64_t v) { hash = (hash ^ v) * 0x100000001b3; };
@@ -126,9 +130,11 @@ class ShmTransport final : public Transport {
     if (auto slice = find_segment(bytes); slice.ok()) {
       const SegmentName& n = slice.value().name;
       region.remote_base = slice.value().offset;
-      region.extra = {1, static_cast<uint64_t>(n.pid), static_cast<uint64_t>(n.fd), n.inode, n.num_bytes};
+      region.extra = {1, static_cast<uint64_t>(n.pid), static_cast<uint64_t>(n.fd), n.inode,
+                      n.num_bytes};
     } else {
-      // Peers write here by process_vm_writev, which Yama allows between unrelated processes only on our say-so.
+      // Peers write here by process_vm_writev, which Yama allows between unrelated processes only
+      // on our say-so.
       prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);
       region.remote_base = reinterpret_cast<uint64_t>(bytes.data());
       region.extra = {0, static_cast<uint64_t>(getpid()), 0, 0, 0};
@@ -158,21 +164,25 @@ class ShmTransport final : public Transport {
 
   Status post_write(const WriteRequest& request) override {
     Peer& peer = peers_[static_cast<uint32_t>(request.peer)];
-    if (peer.state != Peer::kReady) return {Code::kPeerLost, "write to a peer that is not connected"};
+    if (peer.state != Peer::kReady)
+      return {Code::kPeerLost, "write to a peer that is not connected"};
     Endpoint& endpoint = *reinterpret_cast<Endpoint*>(peer.endpoint.data());
     if (at(endpoint.closed).load(std::memory_order_acquire)) {
       return {Code::kPeerLost, "the peer closed its endpoint"};
     }
     ImmediateRing& ring = endpoint.rings[peer.slot];
     const uint64_t pushed = at(ring.pushed).load(std::memory_order_relaxed);
-    if (done_.size() >= kRingSlots || pushed - at(ring.taken).load(std::memory_order_acquire) >= kRingSlots) {
+    if (done_.size() >= kRingSlots ||
+        pushed - at(ring.taken).load(std::memory_order_acquire) >= kRingSlots) {
       return Status::again();
     }
     if (Status status = copy(peer, request); !status.ok()) return status;
     if (request.has_immediate) {
-      at(ring.entries[pushed % kRingSlots]).store(request.immediate.bits, std::memory_order_relaxed);
+      at(ring.entries[pushed % kRingSlots])
+          .store(request.immediate.bits, std::memory_order_relaxed);
       at(ring.pushed).store(pushed + 1, std::memory_order_release);  // H4: after the bytes
-      at(endpoint.ready[peer.slot / 64]).fetch_or(1ull << (peer.slot % 64), std::memory_order_release);
+      at(endpoint.ready[peer.slot / 64])
+          .fetch_or(1ull << (peer.slot % 64), std::memory_order_release);
       wake(endpoint, peer.pipe.get());
     }
     Completion done;
@@ -225,7 +235,8 @@ class ShmTransport final : public Transport {
   Status say_hello(Peer& peer, const EndpointName& name) {
     auto segment = SharedSegment::open(name.segment);
     if (!segment.ok()) return segment.status();
-    if (segment.value().bytes().size() < sizeof(Endpoint)) return {Code::kTransport, "not an endpoint"};
+    if (segment.value().bytes().size() < sizeof(Endpoint))
+      return {Code::kTransport, "not an endpoint"};
     peer.endpoint = std::move(segment.value());
     auto watch = ProcessWatch::open(name.segment.pid);
     if (!watch.ok()) return watch.status();
@@ -233,7 +244,8 @@ class ShmTransport final : public Transport {
     peer.pipe = open_pipe_of(name);
     if (peer.pipe.get() < 0) return Status::from_errno("open of the peer's wake-up pipe");
     Endpoint& endpoint = *reinterpret_cast<Endpoint*>(peer.endpoint.data());
-    if (endpoint.magic != kMagic) return {Code::kTransport, "the peer speaks another version of moe_comm"};
+    if (endpoint.magic != kMagic)
+      return {Code::kTransport, "the peer speaks another version of moe_comm"};
     for (uint32_t i = 0; i < kMaxPeers; ++i) {
       uint32_t expected = kFree;
       if (!at(endpoint.hellos[i].state).compare_exchange_strong(expected, kClaimed)) continue;
@@ -247,7 +259,8 @@ class ShmTransport final : public Transport {
       ++pending_hellos_;
       return {};
     }
-    return {Code::kTransport, "the peer has no free slot: " + std::to_string(kMaxPeers) + " writers already"};
+    return {Code::kTransport,
+            "the peer has no free slot: " + std::to_string(kMaxPeers) + " writers already"};
   }
 
   void refuse(PeerId id, Status status) {
@@ -310,7 +323,8 @@ class ShmTransport final : public Transport {
           c.immediate.bits = at(ring.entries[taken % kRingSlots]).load(std::memory_order_relaxed);
         }
         at(ring.taken).store(taken, std::memory_order_release);
-        if (taken < pushed) at(endpoint.ready[w]).fetch_or(1ull << (slot % 64), std::memory_order_relaxed);
+        if (taken < pushed)
+          at(endpoint.ready[w]).fetch_or(1ull << (slot % 64), std::memory_order_relaxed);
         if (state == kGone) seen_hellos_ = ~at(endpoint.new_hellos).load(std::memory_order_relaxed);
       }
     }
@@ -332,11 +346,13 @@ class ShmTransport final : public Transport {
         done_.push_back(std::move(c));
       } else if (state == kRefused) {
         leave(peer);
-        refuse(PeerId{i}, {Code::kTransport, "the peer refused: it does not share this group's secret"});
+        refuse(PeerId{i},
+               {Code::kTransport, "the peer refused: it does not share this group's secret"});
       } else if (seconds_since(peer.started) > kConnectTimeout || peer.process.ended()) {
         leave(peer);
-        refuse(PeerId{i}, {Code::kTransport, peer.process.ended() ? "the peer's process ended"
-                                                                  : "no answer from the peer for 10 s"});
+        refuse(PeerId{i},
+               {Code::kTransport, peer.process.ended() ? "the peer's process ended"
+                                                       : "no answer from the peer for 10 s"});
       }
     }
   }
@@ -346,15 +362,16 @@ class ShmTransport final : public Transport {
     for (uint32_t i = 0; i < peers_.size(); ++i) {
       Peer& peer = peers_[i];
       if (peer.state != Peer::kReady) continue;
-      const bool closed =
-          at(reinterpret_cast<Endpoint*>(peer.endpoint.data())->closed).load(std::memory_order_acquire) != 0;
+      const bool closed = at(reinterpret_cast<Endpoint*>(peer.endpoint.data())->closed)
+                              .load(std::memory_order_acquire) != 0;
       if (!closed && !peer.process.ended()) continue;
       peer.state = Peer::kDropped;
       Completion c;
       c.kind = Completion::Kind::kPeerLost;
       c.peer = PeerId{i};
-      c.status = {Code::kPeerLost, closed ? "the peer closed its endpoint"
-                                          : "process " + std::to_string(peer.endpoint.name().pid) + " ended"};
+      c.status = {Code::kPeerLost,
+                  closed ? "the peer closed its endpoint"
+                         : "process " + std::to_string(peer.endpoint.name().pid) + " ended"};
       done_.push_back(std::move(c));
     }
   }
@@ -364,15 +381,18 @@ class ShmTransport final : public Transport {
     const RemoteRegion& remote = *request.remote;
     if (request.remote_offset + request.num_bytes > remote.num_bytes ||
         request.local_offset + request.num_bytes > request.local->bytes.size()) {
-      return {Code::kInvalid, "write outside its region: offset " + std::to_string(request.remote_offset) + " + " +
+      return {Code::kInvalid, "write outside its region: offset " +
+                                  std::to_string(request.remote_offset) + " + " +
                                   std::to_string(request.num_bytes) + " bytes of " +
                                   std::to_string(remote.num_bytes)};
     }
-    if (remote.extra.size() != 5 || remote.key.value != key_of(remote.base, remote.num_bytes, remote.extra)) {
+    if (remote.extra.size() != 5 ||
+        remote.key.value != key_of(remote.base, remote.num_bytes, remote.extra)) {
       return {Code::kTransport, "remote key does not fit its region"};
     }
     const std::byte* from = request.local->bytes.data() + request.local_offset;
-    if (remote.extra[0] == 0) return copy_by_kernel(remote, request.remote_offset, from, request.num_bytes);
+    if (remote.extra[0] == 0)
+      return copy_by_kernel(remote, request.remote_offset, from, request.num_bytes);
     auto found = peer.segments.find(remote.extra[3]);
     if (found == peer.segments.end()) {
       auto segment = SharedSegment::open({static_cast<int64_t>(remote.extra[1]),
@@ -381,7 +401,8 @@ class ShmTransport final : public Transport {
       if (!segment.ok()) return segment.status();
       found = peer.segments.emplace(remote.extra[3], std::move(segment.value())).first;
     }
-    std::memcpy(found->second.data() + remote.base + request.remote_offset, from, request.num_bytes);
+    std::memcpy(found->second.data() + remote.base + request.remote_offset, from,
+                request.num_bytes);
     return {};
   }
 
@@ -391,12 +412,14 @@ class ShmTransport final : public Transport {
       const size_t length = std::min<uint64_t>(kVmChunk, num_bytes - done);
       iovec local{const_cast<std::byte*>(from + done), length};
       iovec there{reinterpret_cast<void*>(remote.base + offset + done), length};
-      const ssize_t n = process_vm_writev(static_cast<pid_t>(remote.extra[1]), &local, 1, &there, 1, 0);
+      const ssize_t n =
+          process_vm_writev(static_cast<pid_t>(remote.extra[1]), &local, 1, &there, 1, 0);
       if (n <= 0) {
         Status status = Status::from_errno("process_vm_writev");
         if (errno != EPERM) return status;
-        return status.with_prefix("this machine forbids writing another process's private memory (ptrace rules); "
-                                  "register memory made by TransferEngine.empty() instead: ");
+        return status.with_prefix(
+            "this machine forbids writing another process's private memory (ptrace rules); "
+            "register memory made by TransferEngine.empty() instead: ");
       }
       done += static_cast<uint64_t>(n);
     }

@@ -1,4 +1,4 @@
-"""Inputs for exchange tests: random, seeded, with everything that has hurt others; and the check against the reference."""
+"""Inputs for exchange tests: random, seeded, with all that has hurt others; and the check against the reference."""
 
 import dataclasses
 
@@ -49,7 +49,9 @@ def make_case(
         elif scales:
             all_scales.append(torch.rand(t, hidden // 32, generator=g))
     capacity = max(1, max(tokens)) * num_ranks if layout == "padded" else None
-    return Case(xs, idx, weights, num_experts, layout, alignment, capacity, all_scales if scales else None)
+    return Case(
+        xs, idx, weights, num_experts, layout, alignment, capacity, all_scales if scales else None
+    )
 
 
 def expected(case):

@@ -11,7 +11,9 @@ def network(request, monkeypatch):
             raise AssertionError("collected although marked plain")
         monkeypatch.setenv("MOE_COMM_CHAOS_SEED", "11")
         monkeypatch.setenv("MOE_COMM_SHARD_BYTES", "256")
-        monkeypatch.setenv("MOE_COMM_FIRST_EPOCH", str(2**32 - 4))  # also the wrap of the 6 bits that travel
+        monkeypatch.setenv(
+            "MOE_COMM_FIRST_EPOCH", str(2**32 - 4)
+        )  # also the wrap of the 6 bits that travel
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""Gradients: ops and plain Functions against one process with all experts; opcheck, gradcheck, compile, checkpointing."""
+"""Gradients: ops and plain Functions against one process with all experts; opcheck, gradcheck, compile."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ OPTIONS = {"hidden": H, "topk": K, "num_experts": E, "ranks_per_node": 2, "dtype
 
 
 def inputs(seed=0, tokens=(5, 0, 9, 3)):
-    case = make_case(R, seed=seed, tokens=list(tokens), hidden=H, topk=K, num_experts=E, dtype=torch.float64)
+    case = make_case(
+        R, seed=seed, tokens=list(tokens), hidden=H, topk=K, num_experts=E, dtype=torch.float64
+    )
     g = torch.Generator().manual_seed(seed + 1)
     leaves = []
     for r in range(R):
@@ -31,11 +33,15 @@ def experts(d, layout, rank, matrices, num_ranks=R):
     if layout == "padded":
         return torch.einsum("lth,lhg->ltg", d.x, own) if len(own) else d.x
     if layout == "expert":
-        return torch.einsum("th,thg->tg", d.x, matrices[(d.topk_idx.clamp(min=0) + rank * L).clamp(max=E - 1)])
+        return torch.einsum(
+            "th,thg->tg", d.x, matrices[(d.topk_idx.clamp(min=0) + rank * L).clamp(max=E - 1)]
+        )
     out = torch.zeros_like(d.x)
     for k in range(K):
         ids = d.topk_idx[:, k]
-        row = torch.einsum("th,thg->tg", d.x, matrices[(ids.clamp(min=0) + rank * L).clamp(max=E - 1)])
+        row = torch.einsum(
+            "th,thg->tg", d.x, matrices[(ids.clamp(min=0) + rank * L).clamp(max=E - 1)]
+        )
         out = out + row * (d.topk_weights[:, k : k + 1].double() * (ids >= 0).unsqueeze(1))
     return out
 
@@ -44,7 +50,9 @@ def by_ops(buffer, x, idx, w, b, layout, rank, matrices):
     capacity = 64 if layout == "padded" else None
     d = moe_comm.dispatch(buffer, x, idx, w, num_experts=E, layout=layout, capacity=capacity)
     y = experts(d, layout, rank, matrices, buffer.num_ranks)
-    return moe_comm.combine(buffer, y, d.handle, weights=None if layout == "rank" else d.topk_weights, bias=b)
+    return moe_comm.combine(
+        buffer, y, d.handle, weights=None if layout == "rank" else d.topk_weights, bias=b
+    )
 
 
 def by_functions(buffer, x, idx, w, b, layout, rank, matrices):
@@ -80,7 +88,9 @@ def check(run_threads, model, layout, hops):
             (out**2).sum().backward()
             for got, want in zip((out.detach(), x.grad, w.grad, b.grad), wanted[rank]):
                 torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(x.grad, wanted[rank][1], rtol=1e-6, atol=1e-6)  # weights are float32
+            torch.testing.assert_close(
+                x.grad, wanted[rank][1], rtol=1e-6, atol=1e-6
+            )  # weights are float32
 
     run_threads(body, R, hops=hops, **OPTIONS)
 
@@ -144,7 +154,9 @@ def test_gradcheck(run_threads):
                         values.append((both(x.detach(), moved) * seeds[rank]).sum())
                     if turn == rank and row < x.shape[0]:
                         numeric = (values[0] - values[1]) / (2 * eps)
-                        worst = max(worst, float((numeric - w.grad[row, k]).abs()) / 100)  # float32 weights
+                        worst = max(
+                            worst, float((numeric - w.grad[row, k]).abs()) / 100
+                        )  # float32 weights
         assert worst < 1e-6, worst
 
     run_threads(body, R, timeout_s=100, **OPTIONS)
@@ -182,9 +194,12 @@ def test_opcheck(run_threads, layout):
         y = out.detach().clone().requires_grad_()
         weights = None if layout == "rank" else weights.detach().clone().requires_grad_()
         handle = [t.detach() for t in handle]
-        torch.library.opcheck(torch.ops.moe_comm.combine.default, (buffer.name, y, handle, weights, b))
         torch.library.opcheck(
-            torch.ops.moe_comm.dispatch_again.default, (buffer.name, x.detach(), handle, list(y.shape))
+            torch.ops.moe_comm.combine.default, (buffer.name, y, handle, weights, b)
+        )
+        torch.library.opcheck(
+            torch.ops.moe_comm.dispatch_again.default,
+            (buffer.name, x.detach(), handle, list(y.shape)),
         )
         columns = torch.ones(y.shape[:-1] if layout != "rank" else (y.shape[0], K))
         torch.library.opcheck(
@@ -226,7 +241,9 @@ def _exported(rank, group):
 
         class Layer(torch.nn.Module):
             def forward(self, x, idx, w):
-                d = moe_comm.dispatch(buffer, x, idx, w, num_experts=E, layout="padded", capacity=64)
+                d = moe_comm.dispatch(
+                    buffer, x, idx, w, num_experts=E, layout="padded", capacity=64
+                )
                 return moe_comm.combine(buffer, d.x * 2, d.handle, weights=d.topk_weights)
 
         case, _, _ = inputs(tokens=(4, 3, 2, 5))

@@ -13,7 +13,7 @@ SMALL = {"hidden": 64, "topk": 3, "num_experts": 8}
 
 
 def outputs_of_experts(want):
-    """What experts would return: any function of the received rows; here rows times a number of their expert's place."""
+    """What experts would return: any function of the received rows."""
     return [(x.float() * 1.5 + 0.25).to(x.dtype) for x in want.x]
 
 
@@ -32,7 +32,10 @@ def check_round_trip(run_threads, case, num_ranks, ranks_per_node, hops, **optio
             got = dispatch(buffer, case, rank)
             check_dispatched(got, want, rank)
             y = buffer.combine(
-                ys[rank], got.handle, weights=got.topk_weights if weighted else None, bias=bias[rank]
+                ys[rank],
+                got.handle,
+                weights=got.topk_weights if weighted else None,
+                bias=bias[rank],
             )
             assert same(y, back.x[rank])
 
@@ -69,7 +72,9 @@ def test_experts_that_do_not_divide(run_threads, num_experts, topk):
     check_round_trip(run_threads, case, 4, 2, "node")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 @pytest.mark.parametrize("hidden", [8, 24, 520, 1032])
 def test_dtypes_and_widths(run_threads, dtype, hidden):
     case = make_case(4, dtype=dtype, hidden=hidden, layout="expert")
@@ -99,7 +104,9 @@ def test_strided_rows(run_threads):
         return torch.cat([x, x.flip(1)], 1)[:, : x.shape[1]]
 
     def body(buffer, rank):
-        got = buffer.dispatch(wide(case.xs[rank]), case.idx[rank], case.weights[rank], num_experts=case.num_experts)
+        got = buffer.dispatch(
+            wide(case.xs[rank]), case.idx[rank], case.weights[rank], num_experts=case.num_experts
+        )
         check_dispatched(got, want, rank)
         out = torch.full((case.xs[rank].shape[0], 2 * 64), 7.0, dtype=torch.bfloat16)
         y = buffer.combine(wide(got.x), got.handle, out=out[:, 64:])
@@ -154,7 +161,9 @@ def test_cached_dispatch(run_threads, hops, layout):
 
 def test_single_rows_pass_bit_for_bit(run_threads):
     """One term is not touched: -0.0, NaN payloads and subnormals survive; so the sum starts with its first term."""
-    bits = torch.tensor([0x8000, 0x7FC1, 0xFFFF, 0x0001, 0x7F80, 0xFF80, 0x3F80, 0x8001], dtype=torch.int32)
+    bits = torch.tensor(
+        [0x8000, 0x7FC1, 0xFFFF, 0x0001, 0x7F80, 0xFF80, 0x3F80, 0x8001], dtype=torch.int32
+    )
     x = bits.to(torch.uint16).view(torch.bfloat16).repeat(2, 8)
 
     def body(buffer, rank):
@@ -196,7 +205,9 @@ def test_combine_error_is_bounded_by_the_dtype(run_threads):
         assert ((got[rank].double() - exact).abs() <= bound).all()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_any_shape(run_threads, data):
     ranks_per_node = data.draw(st.integers(1, 3), "G")

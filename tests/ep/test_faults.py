@@ -1,6 +1,7 @@
 """A peer that is killed, stopped, late, or leaves: PeerLost or PeerTimeout on every survivor, in time, naming it."""
 
 import os
+import pathlib
 import signal
 import threading
 import time
@@ -18,7 +19,12 @@ TIMEOUT_S = 2.0
 
 def _buffer(group, hops, ranks_per_node, **more):
     return moe_comm.Buffer(
-        group, hops=hops, ranks_per_node=ranks_per_node, timeout_s=more.pop("timeout_s", TIMEOUT_S), **OPTIONS, **more
+        group,
+        hops=hops,
+        ranks_per_node=ranks_per_node,
+        timeout_s=more.pop("timeout_s", TIMEOUT_S),
+        **OPTIONS,
+        **more,
     )
 
 
@@ -54,7 +60,7 @@ def check_blame(results, victim, phase, ranks_per_node):
     for rank, result in enumerate(results):
         if rank == victim:
             continue
-        text, seconds, again = result
+        text, seconds, _ = result
         assert seconds <= TIMEOUT_S + 1.0, (rank, seconds, text)
         assert f"{phase} epoch" in text, text
         direct += f"rank {victim}" in text
@@ -67,7 +73,15 @@ def check_blame(results, victim, phase, ranks_per_node):
 @pytest.mark.parametrize("victim", [0, 3])
 def test_killed_peer(run_ranks, hops, ranks_per_node, victim, phase):
     results = run_ranks(
-        _victim_dies, 4, hops, ranks_per_node, victim, phase, signal.SIGKILL, may_die=(victim,), timeout_s=30
+        _victim_dies,
+        4,
+        hops,
+        ranks_per_node,
+        victim,
+        phase,
+        signal.SIGKILL,
+        may_die=(victim,),
+        timeout_s=30,
     )
     check_blame(results, victim, phase, ranks_per_node)
 
@@ -85,7 +99,15 @@ def test_stopped_peer(run_ranks, hops, ranks_per_node):
 
     threading.Timer(1.0, end_it).start()
     results = run_ranks(
-        _victim_dies, 4, hops, ranks_per_node, stopped, "dispatch", signal.SIGSTOP, may_die=(stopped,), timeout_s=30
+        _victim_dies,
+        4,
+        hops,
+        ranks_per_node,
+        stopped,
+        "dispatch",
+        signal.SIGSTOP,
+        may_die=(stopped,),
+        timeout_s=30,
     )
     check_blame(results, stopped, "dispatch", ranks_per_node)
 
@@ -99,7 +121,9 @@ def _late(rank, group, hops):
     start = time.monotonic()
     with pytest.raises((PeerTimeout, PeerLost)) as caught:
         dispatch(buffer, case, rank)
-        assert rank == 2  # what the others had sent is complete: the late one may still have it, but nothing more
+        assert (
+            rank == 2
+        )  # what the others had sent is complete: the late one may still have it, but nothing more
         dispatch(buffer, case, rank)
     return type(caught.value).__name__, str(caught.value), time.monotonic() - start
 
@@ -108,11 +132,11 @@ def _late(rank, group, hops):
 def test_late_peer(run_ranks, hops):
     results = run_ranks(_late, 4, hops, timeout_s=30)
     for rank in (0, 1, 3):
-        kind, text, seconds = results[rank]
+        _, text, seconds = results[rank]
         assert "rank 2" in text or "gave up" in text, text
         assert seconds < TIMEOUT_S + 1.0
     assert any(results[r][0] == "PeerTimeout" and "rank 2" in results[r][1] for r in (0, 1, 3))
-    kind, text, seconds = results[2]  # the late one learns at once that it was given up
+    _, text, seconds = results[2]  # the late one learns at once that it was given up
     assert seconds < 2.0 and ("gave up" in text or "ended" in text), text
 
 
@@ -145,7 +169,9 @@ def _leaves(rank, group, hops):
     with pytest.raises(PeerLost) as caught:
         dispatch(buffer, case, rank)
     assert time.monotonic() - start < 4
-    assert "closed its Buffer" in str(caught.value) or "gave up" in str(caught.value), str(caught.value)
+    assert "closed its Buffer" in str(caught.value) or "gave up" in str(caught.value), str(
+        caught.value
+    )
     assert torch.isfinite(y).all()
 
 
@@ -186,7 +212,9 @@ def test_close_while_others_wait(run_ranks):
 
 def _never_calls(rank, group):
     """A rank that never makes its Buffer: the others learn who is missing."""
-    short = moe_comm.EPGroup.from_store(group._store, rank, group.num_ranks, name="short", timeout_s=1.0)
+    short = moe_comm.EPGroup.from_store(
+        group._store, rank, group.num_ranks, name="short", timeout_s=1.0
+    )
     if rank == 1:
         time.sleep(3)
         return
@@ -215,7 +243,7 @@ def _made_and_closed(rank, group):
         group.gather(None)
         seen.append(_open_files())
     assert seen[-1] == seen[1], seen  # no thread, no descriptor more from one Buffer to the next
-    maps = open("/proc/self/maps").read()
+    maps = pathlib.Path("/proc/self/maps").read_text()
     assert maps.count("moe_comm:windows") <= 2 * group.num_ranks, maps
 
 

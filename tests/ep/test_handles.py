@@ -2,14 +2,16 @@
 
 import random
 
-import moe_comm
 import pytest
 from cases import dispatch, expected, make_case, node_list, same
 
+import moe_comm
 from moe_comm import Handle, reference
 
 OPTIONS = {"hidden": 64, "topk": 3, "num_experts": 8, "ranks_per_node": 2}
-CASES = [make_case(4, seed=s, topk=3, num_experts=8, layout=("rank", "expert")[s % 2]) for s in range(6)]
+CASES = [
+    make_case(4, seed=s, topk=3, num_experts=8, layout=("rank", "expert")[s % 2]) for s in range(6)
+]
 
 
 def combined(case, hops):
@@ -40,7 +42,9 @@ def test_after_the_buffer_was_replaced(hops, run_threads):
     def body(buffer, rank):
         got = dispatch(buffer, long, rank)
         buffer.close()
-        with moe_comm.Buffer(buffer.group, hops=hops, window_bytes=8192, timeout_s=20, **OPTIONS) as other:
+        with moe_comm.Buffer(
+            buffer.group, hops=hops, window_bytes=8192, timeout_s=20, **OPTIONS
+        ) as other:
             assert same(other.combine(got.x, got.handle), want[rank])
             newer = dispatch(other, CASES[0], rank)
             assert same(other.combine(got.x, got.handle), want[rank])

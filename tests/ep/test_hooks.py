@@ -24,7 +24,10 @@ def test_two_open_hooks(run_threads, order, hops):
     def body(buffer, rank):
         for step in range(4):
             a, b = CASES[step], CASES[(step + 1) % 6]
-            hooks = [(dispatch(buffer, a, rank, async_op="hook"), a), (dispatch(buffer, b, rank, async_op="hook"), b)]
+            hooks = [
+                (dispatch(buffer, a, rank, async_op="hook"), a),
+                (dispatch(buffer, b, rank, async_op="hook"), b),
+            ]
             if order == "reversed" or (order == "by rank" and rank % 2):
                 hooks.reverse()
             for hook, case in hooks:
@@ -126,7 +129,13 @@ def test_input_may_change_after_a_hooked_send(run_threads):
     def body(buffer, rank):
         x = CASES[0].xs[rank].clone()
         hook = buffer.dispatch(
-            x, CASES[0].idx[rank], CASES[0].weights[rank], num_experts=7, layout="padded", capacity=48, async_op="hook"
+            x,
+            CASES[0].idx[rank],
+            CASES[0].weights[rank],
+            num_experts=7,
+            layout="padded",
+            capacity=48,
+            async_op="hook",
         )
         x.zero_()
         hook()

@@ -9,6 +9,7 @@ from moe_comm import ArgumentError, MismatchError, PeerError
 
 OPTIONS = {"hidden": 64, "topk": 3, "num_experts": 8, "ranks_per_node": 2}
 GOOD = make_case(4, tokens=[5, 3, 0, 4], topk=3, num_experts=8)
+OTHER = make_case(4, tokens=[5, 3, 0, 4], topk=3, num_experts=8, seed=1)
 
 
 def good_call(buffer, rank):
@@ -19,7 +20,12 @@ def good_call(buffer, rank):
 
 def wrong_x(**change):
     def call(buffer, rank):
-        args = {"x": GOOD.xs[1], "topk_idx": GOOD.idx[1], "topk_weights": GOOD.weights[1], "num_experts": 8}
+        args = {
+            "x": GOOD.xs[1],
+            "topk_idx": GOOD.idx[1],
+            "topk_weights": GOOD.weights[1],
+            "num_experts": 8,
+        }
         args.update({k: v(args[k]) if callable(v) else v for k, v in change.items()})
         buffer.dispatch(args.pop("x"), **args)
 
@@ -123,7 +129,12 @@ def test_error_while_others_run_in_rounds(run_threads):
 
 def disagree(change):
     def call(buffer, rank):
-        args = {"x": GOOD.xs[rank], "topk_idx": GOOD.idx[rank], "num_experts": 8, "topk_weights": GOOD.weights[rank]}
+        args = {
+            "x": GOOD.xs[rank],
+            "topk_idx": GOOD.idx[rank],
+            "num_experts": 8,
+            "topk_weights": GOOD.weights[rank],
+        }
         if rank == 1:
             args.update(change(args))
         buffer.dispatch(args.pop("x"), **args)
@@ -138,7 +149,10 @@ def disagree(change):
         (lambda a: {"num_experts": 9}, "num_experts"),
         (lambda a: {"x": torch.cat([a["x"], a["x"]], 1)}, "bytes in a row"),
         (lambda a: {"x": a["x"].to(torch.float16)}, "dtype"),
-        (lambda a: {"topk_idx": a["topk_idx"][:, :2], "topk_weights": a["topk_weights"][:, :2]}, "topk_idx: K"),
+        (
+            lambda a: {"topk_idx": a["topk_idx"][:, :2], "topk_weights": a["topk_weights"][:, :2]},
+            "topk_idx: K",
+        ),
         (lambda a: {"topk_weights": None}, "topk_weights"),
         (lambda a: {"x": (a["x"], torch.ones(3, 2))}, "scales"),
     ],
@@ -160,7 +174,9 @@ def test_ranks_disagree(run_threads, change, text, hops):
 def test_one_combines_while_others_dispatch(run_threads, hops):
     def body(buffer, rank):
         got = dispatch(buffer, GOOD, rank)
-        with pytest.raises(MismatchError, match="called (dispatch|combine) where this rank called"):
+        with pytest.raises(
+            MismatchError, match=r"called (dispatch|combine) where this rank called"
+        ):
             if rank == 1:
                 buffer.combine(got.x, got.handle)
             else:
@@ -173,7 +189,7 @@ def test_one_combines_while_others_dispatch(run_threads, hops):
 @pytest.mark.parametrize("hops", ["node", "rank"])
 def test_combine_of_another_dispatch(run_threads, hops):
     def body(buffer, rank):
-        first, second = dispatch(buffer, GOOD, rank), dispatch(buffer, GOOD, rank)
+        first, second = dispatch(buffer, OTHER, rank), dispatch(buffer, GOOD, rank)
         with pytest.raises(MismatchError, match="handle"):
             buffer.combine(first.x, (first if rank == 1 else second).handle)
         good_call(buffer, rank)
@@ -203,7 +219,9 @@ def test_more_tokens_than_max_tokens(run_threads):
 
 def test_padded_capacity_exceeded(run_threads):
     """Only the receiver can see it: it raises, the others have their result, and the next call works."""
-    case = make_case(2, tokens=[9, 9], topk=1, num_experts=2, routing="hot", none=0.0, layout="padded")
+    case = make_case(
+        2, tokens=[9, 9], topk=1, num_experts=2, routing="hot", none=0.0, layout="padded"
+    )
     case.capacity = 8
 
     def body(buffer, rank):
@@ -221,7 +239,9 @@ def test_padded_capacity_exceeded(run_threads):
 def test_row_larger_than_the_window(run_threads):
     def body(buffer, rank):
         with pytest.raises(ArgumentError, match="window_bytes"):
-            buffer.dispatch(torch.zeros(1, 1 << 16), torch.zeros(1, 1, dtype=torch.int64), num_experts=2)
+            buffer.dispatch(
+                torch.zeros(1, 1 << 16), torch.zeros(1, 1, dtype=torch.int64), num_experts=2
+            )
 
     run_threads(body, 2, hidden=64, topk=1, num_experts=2, window_bytes=1 << 12)
 
