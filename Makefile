@@ -1,0 +1,58 @@
+# Every target first sets up what it needs (.dev/setup.sh: system packages, .venv, torch, the package).
+# With nothing changed, that takes a fraction of a second.
+#
+#   make demo  PYTHON=python3.12         another interpreter
+#   make test  ARGS="-k ring -x"         more arguments for pytest; likewise for demo and bench
+
+TORCH ?= torch==2.13.0
+export TORCH PYTHON CXX
+ARGS ?=
+TEST_TIMEOUT ?= 1200# seconds for a whole run of pytest: ends what python cannot interrupt
+
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST := timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest
+CXX_FILES = $(shell find csrc kernels tests/cpp -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+ifeq ($(origin CXX),default)
+CXX := g++
+endif
+
+.PHONY: help demo test test-clients bench lint lint-types clean
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
+
+demo: ## train a small MoE model over 4 processes and compare it with one process
+	@.dev/setup.sh demo
+	@$(BIN)/moe-comm demo $(ARGS)
+
+test: ## the test suite (at most 10 minutes on 2 cores)
+	@.dev/setup.sh test
+	@$(PYTEST) -q -ra --maxfail=5 --durations=5 -m "not slow" \
+	    --ignore=tests/clients --ignore=tests/soft_roce $(ARGS)
+
+test-clients: ## the frameworks that use this package
+	@if [ -d tests/clients ]; then \
+	    .dev/setup.sh test && $(PYTEST) -q -ra --maxfail=5 tests/clients $(ARGS); \
+	else echo "test-clients: there is no tests/clients yet, nothing to run"; fi
+
+bench: ## dispatch and combine against other ways to do it
+	@.dev/setup.sh bench
+	@$(BIN)/moe-comm bench $(ARGS)
+
+lint: ## ruff, clang-format, mypy
+	@.dev/setup.sh lint
+	@failed=0; for check in "$(BIN)/ruff check ." "$(BIN)/ruff format --check ." \
+	    "$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)" "$(MAKE) -s lint-types"; do \
+	    printf '== %.60s\n' "$$check"; $$check </dev/null || failed=1; done; exit $$failed
+
+# mypy knows nothing of package-dir in pyproject.toml: show it the package as it is when installed.
+lint-types:
+	@.dev/setup.sh lint
+	@rm -rf build/typing && mkdir -p build/typing/moe_comm
+	@ln -s $(CURDIR)/moe_comm/* $(CURDIR)/kernels build/typing/moe_comm/
+	@cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+	    --cache-dir $(CURDIR)/.mypy_cache -p moe_comm
+
+clean: ## remove everything that was built, and .venv
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis moe_comm/_engine*.so
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,287 @@
+"""Hugging Face transformers (>= 5.23): a model's experts reached through moe_comm, by the public registry.
+
+transformers hands an `EPImplementation` the tokens of one experts module with their global expert ids and
+weights, and a function that runs this rank's experts. Here that becomes one dispatch, the experts, one combine.
+- One Buffer per group (and options), made at the first forward and shared by all layers: its windows are the memory.
+- layout "expert" (default): one row per (token, local expert), no padding; the experts run with unit weights and
+  the combine multiplies in fp32 before it sums, so bf16 results are rounded once less than in the plain model.
+- layout "rank": one row per token and top-k ids with the "off rank" sentinel; the experts weight and sum. They then
+  gather rows * K slots of which most are sentinels, and GptOss with eager experts rejects them: hence the default.
+- A rank that receives no row runs one dummy row, so every rank has the same graph and FSDP reduces the same things.
+Expert gradients come back summed over all tokens of the group; the others are the caller's (`all_reduce_gradients`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import moe_comm
+
+try:
+    from transformers.distributed.expert_parallel import (
+        EPImplementation,
+        EPImplementationInterface,
+        apply_expert_parallelism,
+    )
+except ImportError as error:
+    raise ImportError(
+        "moe_comm.integrations.transformers needs transformers >= 5.23 (pip install 'transformers>=5.23'): "
+        f"{error}"
+    ) from error
+
+NAME = "moe_comm"
+LAYOUTS = ("expert", "rank")
+# Arguments of Buffer that follow from the model; everything else in its signature is an option here.
+_FROM_MODEL = ("self", "group", "hidden", "topk", "num_experts", "dtype")
+_BUCKET_BYTES = 32 << 20  # gradients reduced at once: enough to hide latency, small beside a model
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `configure` and `parallelize` set; `buffer` holds (name, value) pairs so that it can be a key."""
+
+    layout: str = "expert"
+    buffer: tuple[tuple[str, Any], ...] = field(default=())
+
+    def with_changes(self, layout: str | None, buffer_options: dict[str, Any]) -> _Options:
+        if layout is not None and layout not in LAYOUTS:
+            raise ValueError(
+                f"layout: expected one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}"
+            )
+        known = [
+            name
+            for name in inspect.signature(moe_comm.Buffer.__init__).parameters
+            if name not in _FROM_MODEL
+        ]
+        for name in buffer_options:
+            if name not in known:
+                raise TypeError(
+                    f"{name}: expected an option of moe_comm.Buffer ({', '.join(known)})"
+                )
+        buffer = tuple(sorted({**dict(self.buffer), **buffer_options}.items()))
+        return replace(self, layout=layout or self.layout, buffer=buffer)
+
+
+_options = _Options()
+# The key holds the process group itself: group names are reused after destroy_process_group, objects are not.
+_buffers: dict[tuple, moe_comm.Buffer] = {}
+
+
+def register() -> None:
+    """Make `ep_implementation="moe_comm"` known to transformers. May be called any number of times."""
+    EPImplementationInterface.register(NAME, MoeCommEP)
+
+
+def configure(*, layout: str | None = None, **buffer_options: Any) -> None:
+    """Set the defaults for models parallelised from now on, e.g. by `from_pretrained(distributed_config=...)`.
+
+    layout: "expert" (one row per token and local expert) or "rank" (one row per token).
+    buffer_options: any option of `moe_comm.Buffer` that does not follow from the model, such as `window_bytes`,
+    `max_tokens`, `hops`, `transport`, `ranks_per_node`, `timeout_s`. The same on every rank.
+    *Raises* ValueError, TypeError: unknown layout or option.
+    """
+    global _options
+    _options = _options.with_changes(layout, buffer_options)
+
+
+def buffers() -> list[moe_comm.Buffer]:
+    """The Buffers in use, oldest first (for `stats()`)."""
+    return list(_buffers.values())
+
+
+def close() -> None:
+    """Close every Buffer made here and forget it. Collective; call it before `destroy_process_group`."""
+    while _buffers:
+        _, buffer = _buffers.popitem()
+        buffer.close()
+
+
+def parallelize(
+    model: Any,
+    ep_mesh: DeviceMesh,
+    tp_mesh: DeviceMesh | None = None,
+    *,
+    layout: str | None = None,
+    **buffer_options: Any,
+) -> Any:
+    """Split `model`'s experts over `ep_mesh` and reach them through moe_comm. Changes the model and returns it.
+
+    model: a transformers PreTrainedModel. ep_mesh: one-dimensional; its ranks share the experts. tp_mesh: the ranks
+    that hold the same batch; without it every rank has its own, and every process of the job must call this (it makes
+    a process group). Every rank must hold the same weights beforehand (same seed or same checkpoint); rank i keeps the
+    i-th E/R experts of each layer as DTensors. layout, buffer_options: as in `configure`, for this model only.
+    *Raises* ValueError: no experts to split, already split, or E not a multiple of R.
+    """
+    register()
+    plan = model._expand_parallel_plan(dict(model.ep_plan or {}))
+    experts = [name for name, style in plan.items() if style == "ep_dispatch_experts"]
+    if not experts:
+        raise ValueError(
+            f"{type(model).__name__} has no ep_plan rule 'ep_dispatch_experts': no experts to split"
+        )
+    if getattr(model.get_submodule(experts[0]), "_is_hooked", False):
+        raise ValueError(
+            f"{type(model).__name__}: its experts are already split; build the model anew"
+        )
+    if tp_mesh is None:
+        tp_mesh = init_device_mesh(
+            ep_mesh.device_type, (dist.get_world_size(), 1), mesh_dim_names=("all", "tp")
+        )["tp"]
+    with _options_set_to(_options.with_changes(layout, buffer_options)):
+        return apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, ep_implementation=NAME)
+
+
+@contextlib.contextmanager
+def _options_set_to(options: _Options) -> Iterator[None]:
+    """Instances read the options when they are built; transformers builds them with no argument of ours."""
+    global _options
+    before, _options = _options, options
+    try:
+        yield
+    finally:
+        _options = before
+
+
+class MoeCommEP(EPImplementation):
+    """The experts of one layer. Built by transformers, once per experts module, when the plan is applied.
+
+    Called with hidden_states [T, H], top_k_index [T, K] (global expert ids, -1: none), top_k_weights [T, K];
+    returns [T, H], weighted and summed, differentiable in hidden_states, top_k_weights and the experts' parameters.
+    T may differ between ranks and may be 0. Blocks the CPU like any other layer.
+    """
+
+    def __init__(self, experts: torch.nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.options = _options
+        self.num_experts = self.num_local_experts * ep_mesh.size()
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        shape = hidden_states.shape
+        if self.tp_mesh.size() > 1:
+            # These ranks hold the same tokens: each sends its share, so that no expert computes a token twice.
+            hidden_states, top_k_index, top_k_weights = (
+                DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
+                .redistribute(self.tp_mesh, [Shard(0)])
+                .to_local()
+                for tensor in (hidden_states, top_k_index, top_k_weights)
+            )
+        output = self._exchange(
+            hidden_states.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous()
+        )
+        if self.tp_mesh.size() > 1:
+            output = DTensor.from_local(
+                output.contiguous(), self.tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1)
+            ).full_tensor()
+        return output
+
+    def _exchange(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Dispatch, this rank's experts, combine."""
+        buffer = self._buffer(x, topk_idx)
+        received = moe_comm.dispatch(
+            buffer,
+            x,
+            topk_idx.to(torch.int64),
+            topk_weights.float(),  # a differentiable cast; exact for every dtype a router uses
+            num_experts=self.num_experts,
+            layout=self.options.layout,
+        )
+        local_idx: Any = received.topk_idx
+        if self.options.layout == "expert":
+            ones = received.x.new_ones(len(received.x), 1)
+            y = self._run(received.x, local_idx[:, None], ones)
+            return moe_comm.combine(buffer, y, received.handle, weights=received.topk_weights)
+        # transformers marks a lane of another rank by the first id past the local ones (its weight is 0 already).
+        local_idx = local_idx.masked_fill(local_idx < 0, self.num_local_experts)
+        weights: Any = received.topk_weights
+        y = self._run(received.x, local_idx, weights.to(topk_weights.dtype))
+        return moe_comm.combine(buffer, y, received.handle)
+
+    def _run(
+        self, rows: torch.Tensor, local_idx: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """This rank's experts on the received rows; on a dummy row of zeros if there are none."""
+        if len(rows):
+            return self.experts_forward(rows, local_idx, weights).to(rows.dtype)
+        # The sum of no rows is a row of zeros that still depends on them (and so for weights): without either, this
+        # rank's backward would miss an exchange that the others make.
+        dummy, weight = rows.sum(dim=0, keepdim=True), weights.sum(dim=0, keepdim=True)[:, :1]
+        return self.experts_forward(dummy, local_idx.new_zeros(1, 1), weight)[:0].to(rows.dtype)
+
+    def _buffer(self, x: torch.Tensor, topk_idx: torch.Tensor) -> moe_comm.Buffer:
+        """The Buffer of my group; made on first use, which is collective, with that layer's shape in mind."""
+        group = self.ep_mesh.get_group()
+        key = (group, self.options.buffer)
+        if key not in _buffers:
+            _buffers[key] = moe_comm.Buffer(
+                group,
+                hidden=x.shape[1],
+                topk=topk_idx.shape[1],
+                num_experts=self.num_experts,
+                dtype=x.dtype,
+                **dict(self.options.buffer),
+            )
+        return _buffers[key]
+
+
+def all_reduce_gradients(model: torch.nn.Module, mesh: DeviceMesh, *, mean: bool = False) -> None:
+    """Sum the gradients of every parameter that is not split over the ranks of `mesh`. Collective, blocks.
+
+    For plain data parallelism beside expert parallelism; FSDP does this by itself. Expert gradients (DTensors) already
+    hold the sum over every rank's tokens. With `mean`, all gradients, the experts' too, are divided by the ranks:
+    use it when each rank's loss is a mean over its own batch, and not when it is divided by the global token count.
+    A parameter that has a gradient on some ranks only counts as zero on the others.
+    """
+    group = mesh.get_group()
+    whole = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    has_grad = torch.tensor(
+        [p.grad is not None for p in whole], dtype=torch.int32, device=mesh.device_type
+    )
+    dist.all_reduce(has_grad, dist.ReduceOp.MAX, group=group)
+    used = [p for p, flag in zip(whole, has_grad.tolist(), strict=True) if flag]
+    for p in used:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    for bucket in _buckets([p.grad for p in used if p.grad is not None]):
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        dist.all_reduce(flat, group=group)
+        for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(total.view_as(grad))
+    if mean:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.div_(mesh.size())
+
+
+def _buckets(grads: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one dtype, up to _BUCKET_BYTES together."""
+    bucket: list[torch.Tensor] = []
+    for grad in grads:
+        num_bytes = sum(g.nbytes for g in bucket) + grad.nbytes
+        if bucket and (grad.dtype != bucket[0].dtype or num_bytes > _BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(grad)
+    if bucket:
+        yield bucket
+
+
+def full_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every gradient by parameter name, whole: experts are gathered from all ranks. Collective; for checks."""
+    return {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }

@@ -1,0 +1,106 @@
+"""Builds moe_comm._engine from csrc/*.cpp and csrc/backends/*.cpp. Metadata is in pyproject.toml.
+
+CUDA code is compiled at run time, and libfabric and libibverbs are opened at run time (dlopen), so a
+C++20 compiler is all this needs. Headers decide which backends are compiled; a backend without
+headers is left out, with one line saying so.
+
+Rebuilds are incremental: objects stay in build/engine-*, `-MMD` files tell which are stale.
+"""
+
+import multiprocessing
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+os.chdir(Path(__file__).resolve().parent)
+MIN_FABRIC = (1, 17)
+
+
+def fabric_headers() -> tuple[bool, str]:
+    """(usable, why or why not): asks the preprocessor for the version in <rdma/fabric.h>."""
+    cxx = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")
+    flags = shlex.split(os.environ.get("CPPFLAGS", "") + " " + os.environ.get("CFLAGS", ""))
+    command = [cxx[0], *flags, "-E", "-dM", "-x", "c++", "-"]
+    try:
+        probe = subprocess.run(
+            command, input="#include <rdma/fabric.h>\n", capture_output=True, text=True
+        )
+    except OSError as error:
+        return False, f"{cxx[0]}: {error.strerror}"
+    major = re.search(r"#define FI_MAJOR_VERSION (\d+)", probe.stdout)
+    minor = re.search(r"#define FI_MINOR_VERSION (\d+)", probe.stdout)
+    if probe.returncode or not (major and minor):
+        return False, "no rdma/fabric.h (apt-get install libfabric-dev)"
+    version = (int(major[1]), int(minor[1]))
+    if version < MIN_FABRIC:
+        return False, "libfabric headers {}.{} are older than {}.{}".format(*version, *MIN_FABRIC)
+    return True, "libfabric headers {}.{}".format(*version)
+
+
+def is_stale(obj: str, src: str) -> bool:
+    """True unless `obj` is newer than this file, its source and the headers read last time."""
+    depfile = Path(obj).with_suffix(".d")
+    if not depfile.exists():
+        return True
+    files = depfile.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    built = os.stat(obj).st_mtime
+    try:
+        return any(os.stat(f).st_mtime > built for f in [__file__, src, *files])
+    except FileNotFoundError:  # a header is gone
+        return True
+
+
+class BuildEngine(build_ext):
+    """Keeps the objects of each configuration; editable installs would use a temporary directory."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = (
+            f"build/engine-{'fabric' if have_fabric else 'shm'}-{sys.implementation.cache_tag}"
+        )
+
+
+have_fabric, fabric_reason = fabric_headers()
+if have_fabric:
+    print(f"moe_comm: backends: shm, fabric ({fabric_reason})", flush=True)
+else:
+    print(f"moe_comm: backends: shm only; no fabric: {fabric_reason}", flush=True)
+
+engine = Pybind11Extension(
+    "moe_comm._engine",
+    sources=sorted(str(p) for d in ("csrc", "csrc/backends") for p in Path(d).glob("*.cpp")),
+    depends=sorted(str(p) for p in Path("csrc").rglob("*.hpp")),
+    include_dirs=["csrc"],
+    cxx_std=20,
+    define_macros=[("MOE_COMM_HAVE_FABRIC", str(int(have_fabric)))],
+    # Sums are specified bit for bit: no fused multiply-add that depends on the CPU.
+    extra_compile_args=[
+        *("-O3", "-g1", "-fvisibility=hidden", "-ffp-contract=off", "-MMD"),
+        *("-Wall", "-Wextra", "-Werror"),
+    ],
+    libraries=["dl", "pthread"],
+)
+
+try:
+    multiprocessing.Lock()
+    num_jobs = 0  # one per CPU
+except OSError:  # ParallelCompile needs a writable /dev/shm, a bare chroot may have none
+    num_jobs = 1
+ParallelCompile("MOE_COMM_BUILD_JOBS", default=num_jobs, needs_recompile=is_stale).install()
+setup(
+    packages=[
+        *find_packages(include=["moe_comm", "moe_comm.*"]),
+        "moe_comm.kernels",  # kernels/
+        "moe_comm.csrc",  # abi.hpp
+    ],
+    ext_modules=[engine],
+    cmdclass={"build_ext": BuildEngine},
+)
