@@ -125,12 +125,14 @@ Status route(const int64_t* topk_idx, uint32_t num_tokens, uint32_t topk, uint32
   std::vector<uint32_t> rank_of(num_experts);  // a division per expert, not per entry
   for (uint32_t e = 0; e < num_experts; ++e) rank_of[e] = e / L;
   std::fill_n(lane_rows, static_cast<size_t>(num_tokens) * D, -1);
-  uint64_t digest = mix_digest(mix_digest(num_tokens, topk), num_experts);
+  const uint64_t digest_key = mix_digest(mix_digest(num_tokens, topk), num_experts);
+  uint64_t digest = digest_key;
   for (uint32_t t = 0; t < num_tokens; ++t) {
     const int64_t* ids = topk_idx + static_cast<size_t>(t) * topk;
     int32_t* rows = lane_rows + static_cast<size_t>(t) * D;
     for (uint32_t k = 0; k < topk; ++k) {
-      digest = mix_digest(digest, static_cast<uint64_t>(ids[k]));
+      // A sum of position-keyed terms, so that a GPU can compute it in any order.
+      digest += mix_digest(mix_digest(digest_key, uint64_t{t} * topk + k), static_cast<uint64_t>(ids[k]));
       if (ids[k] == -1) continue;
       if (ids[k] < -1 || ids[k] >= static_cast<int64_t>(num_experts)) {
         return {Code::kInvalid, "topk_idx: expected expert ids in [0, " +

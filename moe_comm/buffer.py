@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .combine import CombineRequest, PendingCombine
 from .config import Config
-from .dispatch import DispatchRequest, PendingDispatch, expect
+from .dispatch import DispatchRequest, PendingDispatch, wrong
 from .errors import ArgumentError, ClosedError, MoeCommError, PeerLost, PeerTimeout, TransportError
 from .event import Event, Hook
 from .exchange import open_exchange
@@ -75,7 +75,8 @@ class Buffer:
         name: str | None = None,
     ):
         self._closed = True  # until everything stands
-        expect(hops in HOPS, "hops", f"one of {HOPS}", repr(hops))
+        if not (hops in HOPS):
+            raise wrong("hops", f"one of {HOPS}", hops)
         self.group = EPGroup.of(group)
         self.config = Config.resolve(
             window_bytes=window_bytes, transport=transport, interface=interface, ranks_per_node=ranks_per_node,
@@ -147,7 +148,8 @@ class Buffer:
         """Rows per expert of the padded layout: as given, else R * max_tokens, which always suffices."""
         if capacity is not None:
             return capacity
-        expect(self.max_tokens is not None, "capacity", "an int, or a Buffer with max_tokens", None)
+        if not (self.max_tokens is not None):
+            raise wrong("capacity", "an int, or a Buffer with max_tokens", None)
         return self.num_ranks * (self.max_tokens or 0)
 
     # --- calls ---------------------------------------------------------------------------------------
@@ -230,12 +232,8 @@ class Buffer:
         return self._run(PendingCombine, request, "combines", async_op)
 
     def _run(self, kind: type, request: Any, counter: str, async_op: str | None) -> Any:
-        expect(
-            async_op in (None, "event", "hook"),
-            "async_op",
-            'None, "event" or "hook"',
-            repr(async_op),
-        )
+        if not (async_op in (None, "event", "hook")):
+            raise wrong("async_op", 'None, "event" or "hook"', async_op)
         with self._lock:
             self._check_usable()
             pending = kind(self, request)

@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .dispatch import (
-    COMBINE,
-    FLAG_WEIGHTS,
-    check_handle,
-    check_rows,
-    describe,
-    error_call,
-    expect,
-    load_forward,
-)
+from .arguments import Found, check_handle, check_rows, wrong
+from .dispatch import COMBINE, FLAG_WEIGHTS, error_call, load_forward
 from .errors import ArgumentError
 from .handle import Handle
 from .layout import DTYPE_CODES, RowFormat
@@ -70,12 +62,13 @@ class PendingCombine:
     def _prepare(self) -> None:
         request, call, handle = self.request, self.call, self.request.handle
         check_handle(self.buffer, handle)
-        expect(isinstance(request.y, Tensor), "y", "a tensor", describe(request.y))
+        if not (isinstance(request.y, Tensor)):
+            raise wrong("y", "a tensor", request.y)
         shape = (*handle.place_shape, "H")
-        expect(
-            request.y.dim() == len(shape) and tuple(request.y.shape[:-1]) == handle.place_shape, "y",
-            f"[{', '.join(map(str, shape))}]", describe(request.y),
-        )  # fmt: skip
+        if not (
+            request.y.dim() == len(shape) and tuple(request.y.shape[:-1]) == handle.place_shape
+        ):
+            raise wrong("y", f"[{', '.join(map(str, shape))}]", request.y)
         hidden = request.y.shape[-1]
         y = check_rows(
             "y",
@@ -83,7 +76,8 @@ class PendingCombine:
             if handle.num_places
             else request.y.new_empty((0, hidden)),
         )
-        expect(y.dtype in DTYPE_CODES, "y", "bfloat16, float16, float32 or float64", describe(y))
+        if not (y.dtype in DTYPE_CODES):
+            raise wrong("y", "bfloat16, float16, float32 or float64", y)
         num_tokens, topk = handle.num_tokens, handle.topk
         self._check_weights(handle)
         columns = request.topk_weights is not None
@@ -93,11 +87,12 @@ class PendingCombine:
         call.capacity = layout.capacity_for(row.row_bytes, 0)
         if request.deferred:
             limit = self.buffer.max_tokens
-            expect(
-                limit is not None and limit <= call.capacity, "async_op",
-                f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
-                f"max_tokens = {limit}",
-            )  # fmt: skip
+            if not (limit is not None and limit <= call.capacity):
+                raise wrong(
+                    "async_op",
+                    f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
+                    Found(f"max_tokens = {limit}"),
+                )
         call.own_rounds = max(1, -(-max(handle.tokens_of) // call.capacity))
         call.set_format(row.payload_bytes, 0, 0, 0, 0, row.weights_at, topk, row.row_bytes)
         call.set_agreed(DTYPE_CODES[y.dtype], FLAG_WEIGHTS if columns else 0, handle.number)
@@ -118,17 +113,19 @@ class PendingCombine:
         request, call = self.request, self.call
         if request.weights is not None:
             weights = request.weights
-            expect(
-                handle.layout != "rank",
-                "weights",
-                "None with layout 'rank' (rows are already summed)",
-                "a tensor",
-            )
-            expect(
-                isinstance(weights, Tensor) and weights.dtype == torch.float32 and weights.device.type == "cpu"
-                and tuple(weights.shape) == handle.place_shape, "weights", f"float32 {handle.place_shape} on the CPU",
-                describe(weights),
-            )  # fmt: skip
+            if not (handle.layout != "rank"):
+                raise wrong(
+                    "weights",
+                    "None with layout 'rank' (rows are already summed)",
+                    Found("a tensor"),
+                )
+            if not (
+                isinstance(weights, Tensor)
+                and weights.dtype == torch.float32
+                and weights.device.type == "cpu"
+                and tuple(weights.shape) == handle.place_shape
+            ):
+                raise wrong("weights", f"float32 {handle.place_shape} on the CPU", weights)
             weights = weights.detach().contiguous()
             call.y_weights = weights.data_ptr()
             self.held.append(weights)
@@ -139,10 +136,13 @@ class PendingCombine:
                 if handle.layout != "rank"
                 else (handle.num_recv_rows, handle.topk)
             )
-            expect(
-                isinstance(columns, Tensor) and columns.dtype == torch.float32 and columns.device.type == "cpu"
-                and tuple(columns.shape) == shape, "topk_weights", f"float32 {shape} on the CPU", describe(columns),
-            )  # fmt: skip
+            if not (
+                isinstance(columns, Tensor)
+                and columns.dtype == torch.float32
+                and columns.device.type == "cpu"
+                and tuple(columns.shape) == shape
+            ):
+                raise wrong("topk_weights", f"float32 {shape} on the CPU", columns)
             columns = columns.detach().contiguous()
             call.columns, call.columns_by_place = columns.data_ptr(), handle.layout != "rank"
             self.held.append(columns)
@@ -151,18 +151,18 @@ class PendingCombine:
         request, call = self.request, self.call
         if request.bias is not None:
             bias = check_rows("bias", request.bias)
-            expect(
-                tuple(bias.shape) == (num_tokens, hidden) and bias.dtype == dtype, "bias",
-                f"{str(dtype).removeprefix('torch.')} {(num_tokens, hidden)}", describe(bias),
-            )  # fmt: skip
+            if not (tuple(bias.shape) == (num_tokens, hidden) and bias.dtype == dtype):
+                raise wrong(
+                    "bias", f"{str(dtype).removeprefix('torch.')} {(num_tokens, hidden)}", bias
+                )
             call.bias, call.bias_stride = bias.data_ptr(), bias.stride(0) * bias.element_size()
             self.held.append(bias)
         if request.out is not None:
             out = check_rows("out", request.out)
-            expect(
-                tuple(out.shape) == (num_tokens, hidden) and out.dtype == dtype, "out",
-                f"{str(dtype).removeprefix('torch.')} {(num_tokens, hidden)}", describe(out),
-            )  # fmt: skip
+            if not (tuple(out.shape) == (num_tokens, hidden) and out.dtype == dtype):
+                raise wrong(
+                    "out", f"{str(dtype).removeprefix('torch.')} {(num_tokens, hidden)}", out
+                )
             self.out = request.out
         else:
             out = self.out = torch.empty((num_tokens, hidden), dtype=dtype)

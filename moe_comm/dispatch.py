@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _engine
+from .arguments import Found, check_handle, check_rows, wrong
 from .errors import ArgumentError
 from .handle import LAYOUTS, Handle
 from .layout import RowFormat, counts_bytes, dtype_code
@@ -68,40 +69,6 @@ class DispatchRequest:
     deferred: bool  # received later, by a hook
 
 
-def expect(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ArgumentError(f"{argument}: expected {expected}, got {got}")
-
-
-def describe(value: object) -> str:
-    """`int32 (8, 4)` for a tensor, else its type."""
-    if isinstance(value, Tensor):
-        place = "" if value.device.type == "cpu" else f" on {value.device}"
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{place}"
-    return type(value).__name__
-
-
-def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
-    """A matrix of rows that can be moved: CPU, 2-D, dense rows of a multiple of 16 bytes, an address of items."""
-    expect(isinstance(value, Tensor), name, f"a tensor {shape}", describe(value))
-    expect(value.device.type == "cpu", name, "a CPU tensor", describe(value))
-    expect(value.dim() == 2, name, shape, describe(value))
-    row_bytes = value.shape[1] * value.element_size()
-    expect(
-        row_bytes > 0 and row_bytes % 16 == 0,
-        name,
-        "rows of a multiple of 16 bytes",
-        describe(value),
-    )
-    expect(
-        value.shape[0] == 0 or value.stride(1) == 1,
-        name,
-        "rows that are contiguous",
-        f"strides {value.stride()}",
-    )
-    return value.detach()
-
-
 class PendingDispatch:
     """A dispatch from its first send to its last receive."""
 
@@ -131,29 +98,24 @@ class PendingDispatch:
         request, call = self.request, self.call
         x, scales = request.x, None
         if isinstance(x, (tuple, list)):
-            expect(len(x) == 2, "x", "a tensor, or a pair (payload, scales)", f"{len(x)} things")
+            if not (len(x) == 2):
+                raise wrong("x", "a tensor, or a pair (payload, scales)", Found(f"{len(x)} things"))
             x, scales = x
         name = "x" if scales is None else "x[0]"
         x = check_rows(name, x)
         num_tokens, hidden = x.shape
         scales = self._check_scales(scales, num_tokens)
-        expect(request.layout in LAYOUTS, "layout", f"one of {LAYOUTS}", repr(request.layout))
-        expect(
-            isinstance(request.alignment, int) and request.alignment >= 1,
-            "alignment",
-            "an int >= 1",
-            request.alignment,
-        )
+        if not (request.layout in LAYOUTS):
+            raise wrong("layout", f"one of {LAYOUTS}", request.layout)
+        if not (isinstance(request.alignment, int) and request.alignment >= 1):
+            raise wrong("alignment", "an int >= 1", request.alignment)
         if request.layout == "padded" and request.handle is None:
             capacity = self.buffer.padded_capacity(request.capacity)
-            expect(isinstance(capacity, int) and capacity >= 1, "capacity", "an int >= 1", capacity)
+            if not (isinstance(capacity, int) and capacity >= 1):
+                raise wrong("capacity", "an int >= 1", capacity)
         limit = self.buffer.max_tokens
-        expect(
-            limit is None or num_tokens <= limit,
-            name,
-            f"at most max_tokens = {limit} tokens",
-            describe(x),
-        )
+        if not (limit is None or num_tokens <= limit):
+            raise wrong(name, f"at most max_tokens = {limit} tokens", x)
         if request.handle is not None:
             topk, num_experts = self._check_cached(request.handle, num_tokens)
         else:
@@ -180,11 +142,12 @@ class PendingDispatch:
         call.num_tokens, call.num_experts = num_tokens, num_experts
         call.capacity = layout.capacity_for(row.row_bytes, counts)
         if request.deferred:
-            expect(
-                limit is not None and limit <= call.capacity, "async_op",
-                f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
-                f"max_tokens = {limit}",
-            )  # fmt: skip
+            if not (limit is not None and limit <= call.capacity):
+                raise wrong(
+                    "async_op",
+                    f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
+                    Found(f"max_tokens = {limit}"),
+                )
         call.own_rounds = max(1, -(-num_tokens // call.capacity))
         call.set_format(
             row.payload_bytes, row.scale_bytes, row.scales_at, row.token_at, row.ids_at, row.weights_at, topk,
@@ -212,38 +175,33 @@ class PendingDispatch:
     def _check_scales(self, scales: Any, num_tokens: int) -> Tensor | None:
         if scales is None:
             return None
-        expect(isinstance(scales, Tensor), "x[1]", "a tensor of scales [T, S]", describe(scales))
-        expect(scales.device.type == "cpu", "x[1]", "a CPU tensor", describe(scales))
-        expect(
-            scales.dim() == 2 and scales.shape[0] == num_tokens and scales.shape[1] > 0, "x[1]",
-            f"scales [{num_tokens}, S]", describe(scales),
-        )  # fmt: skip
+        if not (isinstance(scales, Tensor)):
+            raise wrong("x[1]", "a tensor of scales [T, S]", scales)
+        if not (scales.device.type == "cpu"):
+            raise wrong("x[1]", "a CPU tensor", scales)
+        if not (scales.dim() == 2 and scales.shape[0] == num_tokens and scales.shape[1] > 0):
+            raise wrong("x[1]", f"scales [{num_tokens}, S]", scales)
         return scales.detach()
 
     def _check_routing(self, num_tokens: int) -> tuple[int, int]:
         request, call = self.request, self.call
         idx, weights = request.topk_idx, request.topk_weights
-        expect(isinstance(idx, Tensor), "topk_idx", "a tensor [T, K]", describe(idx))
-        expect(
-            idx.dtype == torch.int64 and idx.dim() == 2 and idx.device.type == "cpu", "topk_idx",
-            "int64 [T, K] on the CPU", describe(idx),
-        )  # fmt: skip
-        expect(
-            idx.shape[0] == num_tokens and idx.shape[1] >= 1,
-            "topk_idx",
-            f"[{num_tokens}, K >= 1]",
-            describe(idx),
-        )
-        expect(
-            isinstance(request.num_experts, int) and 0 < request.num_experts < 2**31, "num_experts", "an int >= 1",
-            request.num_experts,
-        )  # fmt: skip
+        if not (isinstance(idx, Tensor)):
+            raise wrong("topk_idx", "a tensor [T, K]", idx)
+        if not (idx.dtype == torch.int64 and idx.dim() == 2 and idx.device.type == "cpu"):
+            raise wrong("topk_idx", "int64 [T, K] on the CPU", idx)
+        if not (idx.shape[0] == num_tokens and idx.shape[1] >= 1):
+            raise wrong("topk_idx", f"[{num_tokens}, K >= 1]", idx)
+        if not (isinstance(request.num_experts, int) and 0 < request.num_experts < 2**31):
+            raise wrong("num_experts", "an int >= 1", request.num_experts)
         if weights is not None:
-            expect(
-                isinstance(weights, Tensor) and weights.dtype == torch.float32 and weights.device.type == "cpu"
-                and weights.shape == idx.shape, "topk_weights", f"float32 {tuple(idx.shape)} on the CPU",
-                describe(weights),
-            )  # fmt: skip
+            if not (
+                isinstance(weights, Tensor)
+                and weights.dtype == torch.float32
+                and weights.device.type == "cpu"
+                and weights.shape == idx.shape
+            ):
+                raise wrong("topk_weights", f"float32 {tuple(idx.shape)} on the CPU", weights)
             weights = weights.detach().contiguous()
             call.topk_weights = weights.data_ptr()
         idx = idx.contiguous()
@@ -254,27 +212,14 @@ class PendingDispatch:
     def _check_cached(self, handle: Handle, num_tokens: int) -> tuple[int, int]:
         request = self.request
         check_handle(self.buffer, handle)
-        expect(
-            request.topk_idx is None, "topk_idx", "None with a handle", describe(request.topk_idx)
-        )
-        expect(
-            request.topk_weights is None,
-            "topk_weights",
-            "None with a handle",
-            describe(request.topk_weights),
-        )
-        expect(
-            request.layout == handle.layout,
-            "layout",
-            f"{handle.layout!r}, the handle's",
-            repr(request.layout),
-        )
-        expect(
-            num_tokens == handle.num_tokens,
-            "x",
-            f"{handle.num_tokens} tokens, the handle's",
-            num_tokens,
-        )
+        if not (request.topk_idx is None):
+            raise wrong("topk_idx", "None with a handle", request.topk_idx)
+        if not (request.topk_weights is None):
+            raise wrong("topk_weights", "None with a handle", request.topk_weights)
+        if not (request.layout == handle.layout):
+            raise wrong("layout", f"{handle.layout!r}, the handle's", request.layout)
+        if not (num_tokens == handle.num_tokens):
+            raise wrong("x", f"{handle.num_tokens} tokens, the handle's", num_tokens)
         return handle.topk, handle.num_experts
 
     # --- sending and receiving ---------------------------------------------------------------------
@@ -375,7 +320,8 @@ class PendingDispatch:
                 )
             offsets = torch.arange(owned) * capacity
             places, shape = owned * capacity, (owned, capacity)
-        expect(places < 2**31, "x", "fewer than 2^31 received rows", places)
+        if not (places < 2**31):
+            raise wrong("x", "fewer than 2^31 received rows", places)
         first = torch.zeros((num_ranks, slots), dtype=torch.int64)
         first[:, :owned] = offsets + copies.cumsum(0) - copies
         call.copy_places = first.flatten().tolist()
@@ -416,32 +362,6 @@ def error_call(kind: int, text: str, buffer: "Buffer", timeout_s: float | None) 
     call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
     call.set_error(text)
     return call
-
-
-def check_handle(buffer: "Buffer", handle: Any) -> None:
-    """Raises ArgumentError unless the handle is one of this group, rank and path, and complete."""
-    expect(isinstance(handle, Handle), "handle", "a Handle of Buffer.dispatch", describe(handle))
-    expect(
-        handle.complete,
-        "handle",
-        "a dispatch that was received",
-        "one whose hook was not called yet",
-    )
-    expect(
-        handle.group_key == buffer.group_key, "handle", "one of this group", "one of another group"
-    )
-    expect(
-        handle.rank == buffer.rank,
-        "handle",
-        f"one of rank {buffer.rank}",
-        f"one of rank {handle.rank}",
-    )
-    expect(
-        handle.hops == buffer.hops,
-        "handle",
-        f"hops={buffer.hops!r}, as this Buffer",
-        f"hops={handle.hops!r}",
-    )
 
 
 def load_forward(call: _engine.Call, handle: Handle, node_ranks: int) -> None:

@@ -6,6 +6,7 @@ shared segment, and every other rank maps it (the functional probe). Nodes are n
 
 import dataclasses
 import datetime
+import functools
 import pickle
 import secrets
 import socket
@@ -141,11 +142,11 @@ class Topology:
     local_of: tuple[int, ...]  # [R] index inside the node
     rank_of: tuple[int, ...]  # [N * G]
 
-    @property
+    @functools.cached_property
     def num_nodes(self) -> int:
         return max(self.node_of) + 1
 
-    @property
+    @functools.cached_property
     def node_ranks(self) -> int:
         return self.num_ranks // self.num_nodes
 

@@ -167,8 +167,8 @@ class WindowLayout:
         capacity = (self.stride - HEADER_BYTES - counts) // row_bytes
         if capacity < 1:
             raise ArgumentError(
-                f"window_bytes: a window of {self.stride} bytes holds no row of {row_bytes} bytes with {counts} bytes "
-                f"of counts; expected at least {self.num_windows * (HEADER_BYTES + counts + row_bytes)}"
+                f"window_bytes: expected windows that hold a row of {row_bytes} bytes with {counts} bytes of counts, "
+                f"got {self.stride} bytes each: make the Buffer with such a hidden size, or with more window_bytes"
             )
         return capacity
 

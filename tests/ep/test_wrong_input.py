@@ -191,7 +191,8 @@ def test_combine_of_another_dispatch(run_threads, hops):
     def body(buffer, rank):
         first, second = dispatch(buffer, OTHER, rank), dispatch(buffer, GOOD, rank)
         with pytest.raises(MismatchError, match="handle"):
-            buffer.combine(first.x, (first if rank == 1 else second).handle)
+            mine = first if rank == 1 else second
+            buffer.combine(mine.x, mine.handle)
         good_call(buffer, rank)
 
     run_threads(body, 4, hops=hops, **OPTIONS)

@@ -1,0 +1,70 @@
+"""Wrong arguments: how they are found and how they are named. Nothing is formatted unless something is wrong."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .errors import ArgumentError
+from .handle import Handle
+
+if TYPE_CHECKING:
+    from .buffer import Buffer
+
+
+class Found(str):
+    """What was found, said in words where a value would not tell."""
+
+
+def describe(value: object) -> str:
+    """`int32 (8, 4)` for a tensor; the value of a number, a text or None; else the type."""
+    if isinstance(value, Found):
+        return str(value)
+    if isinstance(value, Tensor):
+        place = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}{place}"
+    return repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
+
+
+def wrong(argument: str, expected: str, found: object) -> ArgumentError:
+    """`topk_idx: expected int64 [T, K], got int32 (8, 4)`."""
+    return ArgumentError(f"{argument}: expected {expected}, got {describe(found)}")
+
+
+def expect(condition: bool, argument: str, expected: str, found: object) -> None:
+    """Raises `wrong` unless the condition holds; where a call per argument is not too dear."""
+    if not condition:
+        raise ArgumentError(f"{argument}: expected {expected}, got {found}")
+
+
+def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
+    """A matrix of rows that can be moved: CPU, 2-D, dense rows of a multiple of 16 bytes, an address of items."""
+    if not (isinstance(value, Tensor)):
+        raise wrong(name, f"a tensor {shape}", value)
+    if not (value.device.type == "cpu"):
+        raise wrong(name, "a CPU tensor", value)
+    if not (value.dim() == 2):
+        raise wrong(name, shape, value)
+    row_bytes = value.shape[1] * value.element_size()
+    if not (row_bytes > 0 and row_bytes % 16 == 0):
+        raise wrong(name, "rows of a multiple of 16 bytes", value)
+    if not (value.shape[0] == 0 or value.stride(1) == 1):
+        raise wrong(name, "rows that are contiguous", Found(f"strides {value.stride()}"))
+    return value.detach()
+
+
+def check_handle(buffer: "Buffer", handle: Any) -> None:
+    """Raises ArgumentError unless the handle is one of this group, rank and path, and complete."""
+    if not (isinstance(handle, Handle)):
+        raise wrong("handle", "a Handle of Buffer.dispatch", handle)
+    if not (handle.complete):
+        raise wrong(
+            "handle", "a dispatch that was received", Found("one whose hook was not called yet")
+        )
+    if not (handle.group_key == buffer.group_key):
+        raise wrong("handle", "one of this group", Found("one of another group"))
+    if not (handle.rank == buffer.rank):
+        raise wrong("handle", f"one of rank {buffer.rank}", Found(f"one of rank {handle.rank}"))
+    if not (handle.hops == buffer.hops):
+        raise wrong(
+            "handle", f"hops={buffer.hops!r}, as this Buffer", Found(f"hops={handle.hops!r}")
+        )
