@@ -1,0 +1,401 @@
+// What does the engine take for a write with an immediate? bench_engine.py compiles this with csrc and compares it with
+// fabric_floor.cpp, which does the same with nothing but libfabric.
+//
+//   engine_pingpong TRANSPORT INTERFACE LAYER [SECONDS]      INTERFACE: "-" for the transport's own choice
+//
+// LAYER: transport  Transport::post_write and poll, both sides spinning: the backend alone
+//        ring       what the exchange uses: command ring -> proxy -> counter word (16 B is its least message)
+//        user       what TransferEngine uses: Proxy::submit and take_immediates
+//        memcpy     no peer: memcpy into a shared segment, the roof for shm (LAYER alone matters)
+// Methods: two processes. latency: ping-pong, half a round trip. bandwidth: 16 writes in flight, each with an immediate,
+// from the first post to the last local completion. idle (ring): CPU of a process whose connected proxy has nothing to do.
+// One JSON line per figure; 10^9 bytes/s, payload only.
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine.hpp"
+
+using namespace moe_comm;  // NOLINT: a program of one file
+
+namespace {
+
+constexpr size_t kMaxBytes = 32 << 20;
+constexpr long kDepth = 16;
+constexpr uint32_t kValue = 7;
+constexpr Secret kSecret = 42;
+constexpr double kLimit = 30;  // seconds until a wait is given up
+
+[[noreturn]] void die(const std::string& text) {
+  fprintf(stderr, "engine_pingpong: %s\n", text.c_str());
+  _exit(1);
+}
+void check(const Status& status) {
+  if (!status.ok()) die(status.text());
+}
+template <typename T>
+T check(Result<T> result) {
+  if (!result.ok()) die(result.status().text());
+  return std::move(result.value());
+}
+
+double now_us() {
+  return std::chrono::duration<double, std::micro>(Clock::now().time_since_epoch()).count();
+}
+
+struct Wire {  // to the other process, while connecting
+  int fd;
+  void put(std::span<const std::byte> bytes) {
+    const uint64_t size = bytes.size();
+    if (::write(fd, &size, sizeof size) < 0 || (size && ::write(fd, bytes.data(), size) < 0)) die("wire");
+  }
+  std::vector<std::byte> get() {
+    uint64_t size = 0;
+    if (recv(fd, &size, sizeof size, MSG_WAITALL) != sizeof size) die("the other process ended");
+    std::vector<std::byte> bytes(size);
+    if (size && recv(fd, bytes.data(), size, MSG_WAITALL) < 0) die("wire");
+    return bytes;
+  }
+  std::vector<std::byte> swap(std::span<const std::byte> bytes) {
+    put(bytes);
+    return get();
+  }
+  void meet() { swap({}); }
+};
+
+// One end of a connection to the other process. `sent` and `arrived` count what was seen to be complete.
+class Layer {
+ public:
+  virtual ~Layer() = default;
+  virtual void write(size_t bytes) = 0;
+  virtual void until_sent(long count) = 0;     // of our writes
+  virtual void until_arrived(long count) = 0;  // of the other's
+  virtual size_t least_bytes() const { return 8; }
+  virtual void progress() {}  // what no thread of its own does
+  char* memory() { return reinterpret_cast<char*>(segment_.data()); }
+  long posted() const { return posted_; }
+
+ protected:
+  SharedSegment segment_ = check(SharedSegment::create("engine_pingpong", kMaxBytes));
+  MemoryRegion region_;
+  RemoteRegion remote_;
+  long posted_ = 0;
+};
+
+// Both are here; the other may need our polling until it is.
+void meet_polling(Layer& layer, Wire& wire) {
+  wire.put({});
+  for (char byte; recv(wire.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0;) layer.progress();
+  wire.get();
+}
+
+class TransportLayer final : public Layer {
+ public:
+  TransportLayer(const std::string& name, const std::string& interface, Wire& wire) {
+    transport_ = name == "shm" ? check(open_shm(kSecret)) : check(open_fabric(kSecret, name.substr(7), interface));
+    region_ = check(transport_->register_memory(segment_.bytes(), MemoryKind::kHost));
+    remote_ = check(parse_region(wire.swap(serialise(describe(region_)))));
+    peer_ = check(transport_->connect(wire.swap(transport_->info().address)));
+    while (!ready_) progress();
+    meet_polling(*this, wire);
+  }
+  void write(size_t bytes) override {
+    WriteRequest request;
+    request.peer = peer_;
+    request.local = &region_;
+    request.remote = &remote_;
+    request.num_bytes = bytes;
+    request.has_immediate = true;
+    request.immediate = Immediate::user(kValue);
+    Status status = transport_->post_write(request);
+    for (; status.code() == Code::kAgain; status = transport_->post_write(request)) progress();
+    check(status);
+    ++posted_;
+  }
+  void until_sent(long count) override {
+    while (sent_ < count) progress();
+  }
+  void until_arrived(long count) override {
+    while (arrived_ < count) progress();
+  }
+  void progress() override {
+    Completion completions[64];
+    const size_t n = transport_->poll(completions, false);
+    for (size_t i = 0; i < n; ++i) {
+      check(completions[i].status);
+      switch (completions[i].kind) {
+        case Completion::Kind::kWriteDone:
+          ++sent_;
+          break;
+        case Completion::Kind::kImmediate:
+          ++arrived_;
+          break;
+        case Completion::Kind::kPeerReady:
+          ready_ = true;
+          break;
+        case Completion::Kind::kPeerRefused:
+        case Completion::Kind::kPeerLost:
+          die("the peer is gone");
+      }
+    }
+  }
+
+ private:
+  std::unique_ptr<Transport> transport_;
+  PeerId peer_{};
+  bool ready_ = false;
+  long sent_ = 0, arrived_ = 0;
+};
+
+class EngineLayer : public Layer {
+ public:
+  EngineLayer(const std::string& name, const std::string& interface, Wire& wire) {
+    EngineOptions options;
+    options.transport = name;
+    options.interface = interface;
+    options.secret = kSecret;
+    engine_ = check(Engine::open(options));
+    region_ = check(proxy().register_memory(segment_.bytes(), MemoryKind::kHost));
+    remote_ = check(parse_region(wire.swap(serialise(describe(region_)))));
+    peer_ = check(proxy().connect(wire.swap(proxy().info().address)));
+    check(engine_->wait_ready(peer_, kLimit));
+  }
+  ~EngineLayer() override {
+    proxy().run([this] { region_ = MemoryRegion{}; });
+  }
+
+ protected:
+  Proxy& proxy() { return engine_->proxy(); }
+  std::unique_ptr<Engine> engine_;
+  uint32_t peer_ = 0;
+};
+
+class UserLayer final : public EngineLayer {
+ public:
+  using EngineLayer::EngineLayer;
+  void write(size_t bytes) override {
+    operations_.push_back(proxy().submit({{peer_, &region_, 0, bytes, &remote_, 0, true, kValue}}, nullptr));
+    ++posted_;
+  }
+  void until_sent(long count) override {
+    for (; sent_ < count; ++sent_) {
+      if (!operations_.front()->wait(kLimit)) die("a write did not end");
+      check(operations_.front()->status());
+      operations_.pop_front();
+    }
+  }
+  void until_arrived(long count) override {
+    if (count > arrived_ && !proxy().take_immediates(kValue, static_cast<uint64_t>(count - arrived_), kLimit)) {
+      die("an immediate did not come");
+    }
+    arrived_ = std::max(arrived_, count);
+  }
+
+ private:
+  std::deque<std::shared_ptr<Operation>> operations_;
+  long sent_ = 0, arrived_ = 0;
+};
+
+// A row of immediates holds two epochs at a time: write i goes by channel i % (depth / 2), in its turn there.
+class RingLayer final : public EngineLayer {
+ public:
+  static constexpr long kChannels = kDepth / kNumBanks;
+  RingLayer(const std::string& name, const std::string& interface, Wire& wire) : EngineLayer(name, interface, wire) {
+    uint32_t rows[kChannels];
+    for (long c = 0; c < kChannels; ++c) {
+      RowTarget target{{&arrived_[c][0], &arrived_[c][1]}, &bell_, "engine_pingpong"};
+      rows[c] = check(proxy().open_row(std::move(target), kFirstEpoch));
+    }
+    const auto theirs = wire.swap(std::as_bytes(std::span(rows)));
+    for (long c = 0; c < kChannels; ++c) {
+      uint32_t row;
+      std::memcpy(&row, theirs.data() + c * sizeof row, sizeof row);
+      channels_[c] = check(proxy().open_channel({peer_, &region_, remote_, row, {&sent_[c][0], &sent_[c][1]}, &bell_}));
+    }
+  }
+  void write(size_t bytes) override {
+    const auto [channel, epoch] = place(posted_);
+    check(proxy().push({channels_[channel], static_cast<uint32_t>(epoch & 0xffff), 0, 0, bytes}, kLimit));
+    ++posted_;
+  }
+  void until_sent(long count) override {  // each of our writes before `count`, in any order
+    for (; seen_sent_ < count; ++seen_sent_) {
+      const auto [channel, epoch] = place(seen_sent_);
+      wait(sent_[channel][epoch % kNumBanks], (epoch - kFirstEpoch) / kNumBanks + 1);
+    }
+  }
+  void until_arrived(long count) override {
+    for (; seen_arrived_ < count; ++seen_arrived_) {
+      const auto [channel, epoch] = place(seen_arrived_);
+      wait(arrived_[channel][epoch % kNumBanks], epoch);
+    }
+  }
+  size_t least_bytes() const override { return 16; }
+
+ private:
+  static constexpr uint64_t kFirstEpoch = 2;
+  static std::pair<long, uint64_t> place(long number) {
+    return {number % kChannels, kFirstEpoch + static_cast<uint64_t>(number / kChannels)};
+  }
+  void wait(Counter& word, uint64_t target) {  // as Exchange::wait does
+    auto there = [&] { return word_at(word).load(std::memory_order_acquire) >= target; };
+    for (Backoff backoff(64, 64); !there();) {
+      if (!backoff.should_sleep()) {
+        backoff.step();
+      } else {
+        sleep_on(bell_, 1.0, there);
+      }
+    }
+  }
+  Doorbell bell_{};
+  Counter arrived_[kChannels][kNumBanks] = {}, sent_[kChannels][kNumBanks] = {};
+  uint32_t channels_[kChannels] = {};
+  long seen_sent_ = 0, seen_arrived_ = 0;
+};
+
+// --- what is measured ----------------------------------------------------------------------------
+
+struct Figures {
+  const char *transport, *layer;
+  void print(const char* what, size_t bytes, const std::string& values) const {
+    printf("{\"bench\": \"engine\", \"transport\": \"%s\", \"layer\": \"%s\", \"what\": \"%s\", \"bytes\": %zu, %s}\n",
+           transport, layer, what, bytes, values.c_str());
+    fflush(stdout);
+  }
+  void latency(size_t bytes, std::vector<double>& half) const {
+    std::sort(half.begin(), half.end());
+    char text[128];
+    snprintf(text, sizeof text, "\"p50_us\": %.2f, \"p99_us\": %.2f, \"iterations\": %zu", half[half.size() / 2],
+             half[half.size() * 99 / 100], half.size());
+    print("latency", bytes, text);
+  }
+  void bandwidth(size_t bytes, long count, double us) const {
+    char text[128];
+    snprintf(text, sizeof text, "\"gb_per_s\": %.3f, \"writes_per_s\": %.0f", bytes * count / us * 1e-3, count / us * 1e6);
+    print("bandwidth", bytes, text);
+  }
+};
+
+// The first process decides when to stop; its last ping says so in its first byte.
+void ping_pong(Layer& layer, bool first, size_t bytes, double seconds, long& expected, const Figures& figures) {
+  std::vector<double> half;
+  const double begin = now_us();
+  constexpr int kWarm = 50;
+  for (int round = 0;; ++round) {
+    const double start = now_us();
+    if (first) {
+      const bool last = round > kWarm + 10 && (start - begin > seconds * 1e6 || round > 20000);
+      layer.memory()[0] = last ? 1 : 0;
+      layer.write(bytes);
+      layer.until_arrived(++expected);
+      if (round >= kWarm) half.push_back((now_us() - start) / 2);
+      layer.until_sent(layer.posted());
+      if (last) break;
+    } else {
+      layer.until_arrived(++expected);
+      const bool last = layer.memory()[0] == 1;  // before our pong may change it
+      layer.write(bytes);
+      layer.until_sent(layer.posted());
+      if (last) break;
+    }
+  }
+  if (first) figures.latency(bytes, half);
+}
+
+void stream(Layer& layer, bool first, size_t bytes, double seconds, long& expected, const Figures& figures) {
+  const long count = std::clamp<long>(static_cast<long>(seconds * 4e9 / static_cast<double>(bytes)), 2 * kDepth,
+                                      static_cast<long>(seconds * 40000));
+  if (!first) {
+    layer.until_arrived(expected += count);
+    layer.write(layer.least_bytes());
+    layer.until_sent(layer.posted());
+    return;
+  }
+  const double start = now_us();
+  for (long i = 0; i < count; ++i) {
+    layer.until_sent(layer.posted() - kDepth + 1);
+    layer.write(bytes);
+  }
+  layer.until_sent(layer.posted());
+  figures.bandwidth(bytes, count, now_us() - start);
+  layer.until_arrived(++expected);
+}
+
+void idle(double seconds, const Figures& figures) {
+  auto cpu_s = [] {
+    rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
+  };
+  usleep(200'000);
+  const double start = cpu_s();
+  usleep(static_cast<useconds_t>(seconds * 1e6));
+  char text[64];
+  snprintf(text, sizeof text, "\"cpu_percent\": %.3f", (cpu_s() - start) / seconds * 100);
+  figures.print("idle", 0, text);
+}
+
+void copy_floor(double seconds, const Figures& figures) {
+  auto segment = check(SharedSegment::create("engine_pingpong", kMaxBytes));
+  std::vector<char> source(kMaxBytes, 1);
+  std::memset(segment.data(), 1, kMaxBytes);
+  for (const size_t bytes : {size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
+    long count = 0;
+    const double start = now_us();
+    for (; now_us() - start < seconds * 5e5; ++count) {
+      std::memcpy(segment.data(), source.data(), bytes);
+      asm volatile("" ::: "memory");
+    }
+    figures.bandwidth(bytes, count, now_us() - start);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 4) die("TRANSPORT INTERFACE LAYER [SECONDS]");
+  const std::string transport = argv[1], interface = strcmp(argv[2], "-") == 0 ? "" : argv[2], name = argv[3];
+  const double seconds = argc > 4 ? atof(argv[4]) : 1.0;
+  const Figures figures{argv[1], argv[3]};
+  if (name == "memcpy") return copy_floor(seconds, figures), 0;
+  int wires[2];
+  if (socketpair(AF_UNIX, SOCK_STREAM, 0, wires) != 0) die("socketpair");
+  const pid_t child = fork();
+  const bool first = child != 0;
+  close(wires[first ? 1 : 0]);
+  Wire wire{wires[first ? 0 : 1]};
+  std::unique_ptr<Layer> layer;
+  if (name == "transport") layer = std::make_unique<TransportLayer>(transport, interface, wire);
+  if (name == "ring") layer = std::make_unique<RingLayer>(transport, interface, wire);
+  if (name == "user") layer = std::make_unique<UserLayer>(transport, interface, wire);
+  if (!layer) die("LAYER: transport, ring, user or memcpy");
+  std::memset(layer->memory(), 0, kMaxBytes);
+  wire.meet();
+  long expected = 0;
+  const size_t least = layer->least_bytes();
+  for (const size_t bytes : {least, size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
+    ping_pong(*layer, first, bytes, seconds * (bytes == least ? 1 : 0.3), expected, figures);
+  }
+  for (const size_t bytes : {size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
+    stream(*layer, first, bytes, seconds, expected, figures);
+  }
+  meet_polling(*layer, wire);
+  if (name == "ring" && first) idle(2.0, figures);
+  wire.meet();
+  layer.reset();
+  if (!first) _exit(0);
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+}

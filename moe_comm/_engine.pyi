@@ -1,0 +1,272 @@
+"""Types of the engine in C++ (csrc/bindings.cpp). It imports without torch: tensors come as addresses, peers and
+regions as bytes. Every call raises `MoeCommError` or one of its kinds; calls that wait release the GIL.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import final
+
+ABI_VERSION: int
+HEADER_BYTES: int
+ROW_ALIGNMENT: int
+rows: ModuleType  # the CPU's kernels one by one, for tests: csrc/bindings_rows.cpp
+
+_SegmentName = tuple[int, int, int, int]
+"""How another process finds a shared segment: pid, fd, inode, bytes."""
+
+_Write = tuple[int, int, int, int, bytes, int, int]
+"""One write: peer, local region, local offset, bytes, remote descriptor, remote offset, immediate (-1: none)."""
+
+class MoeCommError(RuntimeError):
+    """Base of every error of moe_comm."""
+
+class ArgumentError(MoeCommError, ValueError):
+    """A wrong argument of this rank: name, expected, found."""
+
+class PeerError(MoeCommError):
+    """Another rank raised in the same call; its text follows."""
+
+class MismatchError(PeerError):
+    """Ranks passed different parameters to the same call."""
+
+class PeerTimeout(MoeCommError, TimeoutError):
+    """A peer that lives did not come before the deadline."""
+
+class PeerLost(MoeCommError, ConnectionError):
+    """A peer died, left, or gave up."""
+
+class TransportError(MoeCommError):
+    """A call of the network or the system failed."""
+
+class ClosedError(MoeCommError):
+    """Used after close()."""
+
+def can_map(name: _SegmentName, secret: int) -> tuple[bool, str]:
+    """Whether this process can map that segment and finds `secret` in its first 8 bytes; if not, why."""
+
+def transports() -> list[dict]:
+    """Every transport that was built in: `name`, `available`, `detail` (version, devices), `reason` (why not, fix)."""
+
+def wait_word(address: int, old: int, seconds: float) -> int:
+    """The uint64 at `address` once it differs from `old`, or as it is after `seconds`. Spins, yields, then naps."""
+
+@final
+class Operation:
+    """Writes under way, as one. It ends once: well, or with the first error."""
+
+    @property
+    def done(self) -> bool: ...
+    def wait(self, seconds: float) -> bool:
+        """Blocks until it ended; False after `seconds`."""
+
+    def raise_status(self) -> None:
+        """Raises the first error, if any."""
+
+@final
+class SharedBuffer:
+    """Memory without a name (a memfd) that shm peers write without a system call; whole pages, zeros.
+
+    Writable through the buffer protocol. Lives as long as this object or a view of it.
+    """
+
+    def __init__(self, num_bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def name(self) -> _SegmentName: ...
+
+@final
+class Engine:
+    """One transport and the proxy thread that drives it. May be used by any thread."""
+
+    def __init__(
+        self,
+        transport: str = "shm",
+        interface: str = "",
+        secret: int = 0,
+        shard_bytes: int = 0,
+        chaos_seed: int = 0,
+    ) -> None:
+        """`transport`: "shm" or "fabric:<provider>". Peers with another `secret` (64 bits) are refused."""
+
+    @property
+    def transport(self) -> str: ...
+    @property
+    def address(self) -> bytes: ...
+    def register(self, address: int, num_bytes: int) -> int:
+        """Registers host memory; returns the region's number. The caller keeps the memory alive."""
+
+    def forget(self, region: int) -> None:
+        """Withdraws a registration once writes under way from it have ended."""
+
+    def describe(self, region: int) -> bytes:
+        """The descriptor by which peers write there: uint64 words; base, bytes, key, then the backend's own."""
+
+    def connect(self, address: bytes) -> int:
+        """Begins to connect; returns the peer's number. Never blocks."""
+
+    def wait_ready(self, peer: int, seconds: float) -> None:
+        """Returns when the peer is ready. Raises PeerTimeout after `seconds`; TransportError or PeerLost if refused."""
+
+    def disconnect(self, peer: int) -> None:
+        """Ends that peer's writes with an error each; touches no other peer."""
+
+    def peer_state(self, peer: int) -> tuple[str, str]:
+        """("connecting" | "ready" | "lost", why it was lost)."""
+
+    def write(self, writes: Sequence[_Write]) -> Operation:
+        """Hands writes to the proxy, in no order. Each carries its own immediate (31 bits), if any."""
+
+    def take_immediates(self, value: int, count: int, seconds: float) -> bool:
+        """Waits until `value` was counted `count` times since the last take, takes them off; False after `seconds`."""
+
+    def count_immediates(self, value: int) -> int:
+        """How often `value` was counted and not yet taken."""
+
+    def wait_immediates(self, seen: int, seconds: float) -> int:
+        """Waits until more than `seen` immediates ever arrived, of any value; returns how many did."""
+
+    def raise_fault(self) -> None:
+        """Raises the proxy's first error, if any."""
+
+    def stop(self) -> None:
+        """Drains what is under way (at most 5 s) and ends the proxy. Peers notice when this object is gone."""
+
+    def stats(self) -> dict[str, int]:
+        """Counts since it was made: writes, bytes, immediates, commands, loops, sleeps, dropped_immediates."""
+
+@final
+class Call:
+    """One dispatch (kind 1) or combine (kind 2) in progress: csrc/exchange.hpp. Pointers are addresses, 0: none."""
+
+    def __init__(self, kind: int) -> None: ...
+    def set_format(
+        self,
+        payload: int,
+        scale: int,
+        scales_at: int,
+        token_at: int,
+        ids_at: int,
+        weights_at: int,
+        topk: int,
+        row: int,
+    ) -> None:
+        """A row's parts in bytes: their lengths and where they begin."""
+
+    def set_agreed(self, dtype: int, flags: int, identity: int) -> None:
+        """What every rank must pass alike; call after `set_format` and `num_experts`."""
+
+    def set_timeouts(self, late_s: float, silent_s: float) -> None: ...
+    def set_error(self, text: str) -> None:
+        """This rank's arguments were wrong: it takes part with no tokens, the others raise PeerError."""
+
+    @property
+    def failed(self) -> bool: ...
+    def raise_failure(self) -> None:
+        """Raises the first error found in the peers' headers, if any."""
+
+    def prepare_forward(self, num_nodes: int, node_ranks: int) -> None: ...
+    def set_forward(
+        self,
+        node: int,
+        tokens: int,
+        rows: int,
+        num_rows: int,
+        node_ranks: int,
+        /,
+    ) -> None:
+        """Loads a handle's forward table of one node: addresses of int32 [num_rows] and [num_rows, G]."""
+
+    def forward_size(self, node: int) -> int: ...
+    def copy_forward(self, node: int, tokens: int, rows: int) -> None: ...
+    def set_scale_strides(self, token: int, item: int, item_bytes: int) -> None: ...
+
+    cached: bool
+    own_rows_direct: bool
+    expand: bool
+    columns_by_place: bool
+    capacity: int
+    num_tokens: int
+    num_experts: int
+    own_rounds: int
+    num_rounds: int
+    tokens_of: Sequence[int]
+    totals: Sequence[int]
+    expert_rows: Sequence[int]
+    row_starts: Sequence[int]
+    received_rows: Sequence[int]
+    copy_places: Sequence[int]
+    x_stride: int
+    y_stride: int
+    bias_stride: int
+    out_stride: int
+    x: int
+    scales: int
+    topk_idx: int
+    topk_weights: int
+    lane_rows: int
+    recv_tokens: int
+    positions: int
+    out_x: int
+    out_scales: int
+    out_ids: int
+    out_weights: int
+    y: int
+    y_weights: int
+    columns: int
+    bias: int
+    out_y: int
+    out_columns: int
+    @property
+    def identity(self) -> int: ...
+    @property
+    def epochs(self) -> list[int]: ...
+    @property
+    def rank_counts(self) -> list[int]: ...
+    @property
+    def lane_counts(self) -> list[int]: ...
+
+@final
+class Exchange:
+    """One rank's windows and links: csrc/exchange.hpp. Made in the order of its methods; keeps its engine alive."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        shape: Mapping[str, object],
+        offsets: Mapping[str, int],
+        first_epoch: int,
+    ) -> None: ...
+    @property
+    def segment(self) -> _SegmentName: ...
+    @property
+    def region(self) -> bytes: ...
+    def open_rows(self, rank: int) -> tuple[int, int]:
+        """Immediate rows (window, release) for what `rank` writes here."""
+
+    def map_peer(self, rank: int, name: _SegmentName) -> None: ...
+    def link_peer(
+        self, rank: int, engine_peer: int, region: bytes, window: int, release: int
+    ) -> None: ...
+    def start(self) -> None: ...
+    @property
+    def num_lanes(self) -> int: ...
+    @property
+    def next_epoch(self) -> int: ...
+    def route(self, call: Call) -> None: ...
+    def send(self, call: Call) -> None:
+        """Sends the next round. Waits for its bank."""
+
+    def wait_headers(self, call: Call) -> None: ...
+    def receive(self, call: Call, round: int) -> None:
+        """Waits for one round, unpacks it, releases its bank."""
+
+    def finish(self, call: Call) -> None: ...
+    def fail(self, text: str) -> None:
+        """Ends the exchange for good; the peers are told."""
+
+    def raise_fault(self) -> None: ...
+    def close(self, seconds: float) -> None: ...
+    def stats(self) -> dict[str, int]:
+        """rows_local, bytes_local, rows_link, bytes_link, writes."""

@@ -1,0 +1,99 @@
+"""tests/cpp/transport_*.cpp, each of its cases over each backend of this machine.
+
+The program is compiled once for a state of its sources (kept in pytest's cache directory) and is told nothing but
+BACKEND and CASE, so a failure is repeated with `.pytest_cache/d/transport_suite/*/transport_suite fabric:tcp sizes`.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE = sorted((ROOT / "tests/cpp").glob("transport_*.cpp"))
+BACKENDS = ("shm", "fabric:tcp", "fabric:shm")
+CASES = [c for p in SUITE for c in re.findall(r'^    \{"(\w+)", \d', p.read_text(), re.MULTILINE)]
+COMPILE_S, CASE_S = 280, 110
+
+# Seconds of compiling are in the first test; the longest case waits 10 s for an answer that never comes.
+pytestmark = pytest.mark.timeout(COMPILE_S + CASE_S + 10)
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def has_fabric_headers() -> bool:
+    """libfabric's headers, 1.17 or newer: what setup.py asks too."""
+    program = """#include <rdma/fabric.h>
+        static_assert(FI_MAJOR_VERSION * 1000 + FI_MINOR_VERSION >= 1017);"""
+    command = [*compiler(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+
+
+def sources_and_headers() -> tuple[list[Path], list[Path]]:
+    sources = [*SUITE, ROOT / "csrc/memory.cpp", *sorted((ROOT / "csrc/backends").glob("*.cpp"))]
+    headers = [*sorted((ROOT / "csrc").rglob("*.hpp")), *sorted((ROOT / "tests/cpp").glob("*.hpp"))]
+    return sources, headers
+
+
+@pytest.fixture(scope="session")
+def suite(request) -> Path:
+    """The compiled program."""
+    sources, headers = sources_and_headers()
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-g1",
+        "-Wall",
+        "-Wextra",
+        f"-I{ROOT}/csrc",
+        f"-I{ROOT}/tests/cpp",
+    ]
+    flags.append(f"-DMOE_COMM_HAVE_FABRIC={int(has_fabric_headers())}")
+    digest = hashlib.sha256(" ".join([*compiler(), *flags]).encode())
+    for path in (*sources, *headers):
+        digest.update(path.read_bytes())
+    folder = request.config.cache.mkdir("transport_suite") / digest.hexdigest()[:16]
+    program = folder / "transport_suite"
+    if not program.exists():
+        folder.mkdir(exist_ok=True)
+        command = [
+            *compiler(),
+            *flags,
+            *map(str, sources),
+            "-o",
+            f"{program}.new",
+            "-ldl",
+            "-pthread",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_S)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+        Path(f"{program}.new").rename(program)
+    return program
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request, suite) -> str:
+    """A backend that opens here; skips with the engine's own words otherwise."""
+    done = subprocess.run(
+        [suite, request.param, "--probe"], capture_output=True, text=True, timeout=60
+    )
+    if done.returncode == 3 and request.param != "shm":
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return request.param
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(suite, backend, case):
+    done = subprocess.run([suite, backend, case], capture_output=True, text=True, timeout=CASE_S)
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_cases_were_found():
+    assert {"sizes", "killed_peer"} <= set(CASES) and len(CASES) == len(set(CASES))
