@@ -84,8 +84,10 @@ engine = Pybind11Extension(
     # Sums are specified bit for bit: no fused multiply-add that depends on the CPU.
     extra_compile_args=[
         *("-O3", "-g1", "-fvisibility=hidden", "-ffp-contract=off", "-MMD"),
-        *("-Wall", "-Wextra", "-Wno-restrict"),  # g++ 12 sees ghosts in string + string (bug 105651)
-        *(["-Werror"] if os.environ.get("CI") else []),  # a newer compiler's new warning is no user's problem
+        # g++ 12 sees ghosts in string + string (bug 105651).
+        *("-Wall", "-Wextra", "-Wno-restrict"),
+        # A newer compiler's new warning is our problem, not a user's.
+        *(["-Werror"] if os.environ.get("CI") else []),
     ],
     libraries=["dl", "pthread"],
 )

@@ -354,35 +354,38 @@ void bind_engine(py::module_& m) {
            })
       // writes: (peer, local region, local offset, bytes, descriptor, remote offset, immediate or
       // -1)
-      .def("write",
-           [](Self& self, const std::vector<std::tuple<uint32_t, uint64_t, uint64_t, uint64_t,
-                                                       py::bytes, uint64_t, int64_t>>& writes) {
-             struct Held {
-               std::vector<std::shared_ptr<const MemoryRegion>> locals;
-               std::deque<RemoteRegion> remotes;
-             };
-             auto held = std::make_shared<Held>();
-             std::vector<Proxy::UserWrite> out;
-             for (const auto& [peer, region, offset, num_bytes, descriptor, remote_offset,
-                               immediate] : writes) {
-               held->locals.push_back(check(self.region(region)));
-               held->remotes.push_back(check(parse_region(from_bytes(descriptor))));
-               const MemoryRegion& local = *held->locals.back();
-               const RemoteRegion& remote = held->remotes.back();
-               if (offset + num_bytes > local.bytes.size() ||
-                   remote_offset + num_bytes > remote.num_bytes) {
-                 check(Status(Code::kInvalid, "write: " + std::to_string(num_bytes) +
-                                                  " bytes at offset " + std::to_string(offset) +
-                                                  " of " + std::to_string(local.bytes.size()) +
-                                                  " to offset " + std::to_string(remote_offset) +
-                                                  " of " + std::to_string(remote.num_bytes) +
-                                                  ": outside the region"));
-               }
-               out.push_back({peer, &local, offset, num_bytes, &remote, remote_offset,
-                              immediate >= 0, static_cast<uint32_t>(immediate)});
-             }
-             return unlocked([&] { return self.proxy().submit(std::move(out), held); });
-           })
+      .def(
+          "write",
+          [](Self& self, const std::vector<std::tuple<uint32_t, uint64_t, uint64_t, uint64_t,
+                                                      py::bytes, uint64_t, int64_t>>& writes) {
+            struct Held {
+              std::vector<std::shared_ptr<const MemoryRegion>> locals;
+              std::deque<RemoteRegion> remotes;
+            };
+            auto held = std::make_shared<Held>();
+            std::vector<Proxy::UserWrite> out;
+            for (const auto& [peer, region, offset, num_bytes, descriptor, remote_offset,
+                              immediate] : writes) {
+              held->locals.push_back(check(self.region(region)));
+              held->remotes.push_back(check(parse_region(from_bytes(descriptor))));
+              const MemoryRegion& local = *held->locals.back();
+              const RemoteRegion& remote = held->remotes.back();
+              const auto outside = [n = num_bytes](uint64_t at, uint64_t size) {
+                return at > size || n > size - at;  // at + n may wrap
+              };
+              if (outside(offset, local.bytes.size()) || outside(remote_offset, remote.num_bytes)) {
+                check(Status(Code::kInvalid, "write: " + std::to_string(num_bytes) +
+                                                 " bytes at offset " + std::to_string(offset) +
+                                                 " of " + std::to_string(local.bytes.size()) +
+                                                 " to offset " + std::to_string(remote_offset) +
+                                                 " of " + std::to_string(remote.num_bytes) +
+                                                 ": outside the region"));
+              }
+              out.push_back({peer, &local, offset, num_bytes, &remote, remote_offset,
+                             immediate >= 0, static_cast<uint32_t>(immediate)});
+            }
+            return unlocked([&] { return self.proxy().submit(std::move(out), held); });
+          })
       .def("take_immediates",
            [](Self& self, uint32_t value, uint64_t count, double seconds) {
              return unlocked([&] { return self.proxy().take_immediates(value, count, seconds); });

@@ -197,8 +197,15 @@ void Proxy::beat_now() {
 std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes,
                                          std::shared_ptr<void> keep) {
   std::vector<Write> parts;
+  const uint64_t limit = std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, 1);
   for (const UserWrite& w : writes) {
-    const uint64_t limit = std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, 1);
+    if (w.has_immediate && w.num_bytes > limit) {  // cut, it could be overtaken by its immediate
+      auto refused = std::make_shared<Operation>(1, std::move(keep));
+      refused->finish_one({Code::kInvalid, "write: expected at most " + std::to_string(limit) +
+                                               " bytes with an immediate, got " +
+                                               std::to_string(w.num_bytes)});
+      return refused;
+    }
     uint64_t offset = 0;
     do {
       Write part;
@@ -209,9 +216,7 @@ std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes,
       part.local_offset = w.local_offset + offset;
       part.remote_offset = w.remote_offset + offset;
       offset += part.num_bytes;
-      // One immediate for each write request that the caller made; a cut one is rare (> 1 GiB) and
-      // ordered below.
-      part.has_immediate = w.has_immediate && offset == w.num_bytes;
+      part.has_immediate = w.has_immediate;
       part.immediate = Immediate::user(w.immediate);
       parts.push_back(std::move(part));
     } while (offset < w.num_bytes);

@@ -132,7 +132,8 @@ Status route(const int64_t* topk_idx, uint32_t num_tokens, uint32_t topk, uint32
     int32_t* rows = lane_rows + static_cast<size_t>(t) * D;
     for (uint32_t k = 0; k < topk; ++k) {
       // A sum of position-keyed terms, so that a GPU can compute it in any order.
-      digest += mix_digest(mix_digest(digest_key, uint64_t{t} * topk + k), static_cast<uint64_t>(ids[k]));
+      digest +=
+          mix_digest(mix_digest(digest_key, uint64_t{t} * topk + k), static_cast<uint64_t>(ids[k]));
       if (ids[k] == -1) continue;
       if (ids[k] < -1 || ids[k] >= static_cast<int64_t>(num_experts)) {
         return {Code::kInvalid, "topk_idx: expected expert ids in [0, " +

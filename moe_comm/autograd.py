@@ -124,6 +124,7 @@ def _(
     rows = context.new_dynamic_size()
     int32, nodes = torch.int32, made.topology.num_nodes
     shape: tuple[Any, ...]
+    idx_shape: tuple[Any, ...]
     if layout == "rank":
         shape, idx_shape = (rows,), (rows, topk)
     elif layout == "expert":
@@ -306,7 +307,7 @@ class DispatchFunction(torch.autograd.Function):
         return out, idx, weights, *handle
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         handle = Handle.from_tensors(list(ctx.saved_tensors))
         like = torch.empty((0, ctx.like[1]), dtype=ctx.like[0])
         wanted = grads[2]
@@ -337,7 +338,7 @@ class CombineFunction(torch.autograd.Function):
         return buffer.combine(y.contiguous(), made, weights=weights, bias=bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         saved = ctx.saved_tensors
         handle = Handle.from_tensors(list(saved[:ANCHOR]))
         rows = ctx.buffer.dispatch(grad.contiguous(), handle=handle, layout=handle.layout).x

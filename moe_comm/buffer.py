@@ -75,7 +75,7 @@ class Buffer:
         name: str | None = None,
     ):
         self._closed = True  # until everything stands
-        if not (hops in HOPS):
+        if hops not in HOPS:
             raise wrong("hops", f"one of {HOPS}", hops)
         self.group = EPGroup.of(group)
         self.config = Config.resolve(
@@ -232,7 +232,7 @@ class Buffer:
         return self._run(PendingCombine, request, "combines", async_op)
 
     def _run(self, kind: type, request: Any, counter: str, async_op: str | None) -> Any:
-        if not (async_op in (None, "event", "hook")):
+        if async_op not in (None, "event", "hook"):
             raise wrong("async_op", 'None, "event" or "hook"', async_op)
         with self._lock:
             self._check_usable()

@@ -76,7 +76,7 @@ class PendingCombine:
             if handle.num_places
             else request.y.new_empty((0, hidden)),
         )
-        if not (y.dtype in DTYPE_CODES):
+        if y.dtype not in DTYPE_CODES:
             raise wrong("y", "bfloat16, float16, float32 or float64", y)
         num_tokens, topk = handle.num_tokens, handle.topk
         self._check_weights(handle)

@@ -105,7 +105,7 @@ class PendingDispatch:
         x = check_rows(name, x)
         num_tokens, hidden = x.shape
         scales = self._check_scales(scales, num_tokens)
-        if not (request.layout in LAYOUTS):
+        if request.layout not in LAYOUTS:
             raise wrong("layout", f"one of {LAYOUTS}", request.layout)
         if not (isinstance(request.alignment, int) and request.alignment >= 1):
             raise wrong("alignment", "an int >= 1", request.alignment)
@@ -120,7 +120,7 @@ class PendingDispatch:
             topk, num_experts = self._check_cached(request.handle, num_tokens)
         else:
             topk, num_experts = self._check_routing(num_tokens)
-        self.hidden, self.dtype = hidden, x.dtype
+        self.hidden, self.dtype, self.topk = hidden, x.dtype, topk
         self.scale_shape = None if scales is None else (scales.shape[1], scales.dtype)
         call.cached = request.handle is not None
         call.expand = request.layout != "rank"
@@ -212,9 +212,9 @@ class PendingDispatch:
     def _check_cached(self, handle: Handle, num_tokens: int) -> tuple[int, int]:
         request = self.request
         check_handle(self.buffer, handle)
-        if not (request.topk_idx is None):
+        if request.topk_idx is not None:
             raise wrong("topk_idx", "None with a handle", request.topk_idx)
-        if not (request.topk_weights is None):
+        if request.topk_weights is not None:
             raise wrong("topk_weights", "None with a handle", request.topk_weights)
         if not (request.layout == handle.layout):
             raise wrong("layout", f"{handle.layout!r}, the handle's", request.layout)
@@ -280,7 +280,7 @@ class PendingDispatch:
         call.out_scales = 0 if scales is None else scales.data_ptr()
         ids = weights = None
         if handle is None:
-            per_row = () if call.expand else (request.topk_idx.shape[1],)
+            per_row = () if call.expand else (self.topk,)
             if request.layout != "padded":
                 ids = torch.full((places, *per_row), -1, dtype=torch.int64)
                 call.out_ids = ids.data_ptr()
@@ -300,7 +300,7 @@ class PendingDispatch:
         request, call = self.request, self.call
         counts = self.tokens_per_expert
         num_ranks, owned = copies.shape
-        topk = request.topk_idx.shape[1] if request.topk_idx is not None else 0
+        topk = self.topk
         if request.layout == "rank":
             self.positions = torch.empty((0, topk), dtype=torch.int32)
             return rows, (rows,), False
@@ -343,7 +343,7 @@ class PendingDispatch:
                 group_key=self.buffer.group_key,
                 number=self.call.identity,
                 rank=topology.rank, hops=self.buffer.hops, layout=self.request.layout,
-                num_experts=self.call.num_experts, topk=self.request.topk_idx.shape[1],
+                num_experts=self.call.num_experts, topk=self.topk,
                 num_tokens=self.call.num_tokens, num_places=self.places, place_shape=self.shape,
                 tokens_of=tuple(self.call.tokens_of), totals=tuple(self.call.totals),
                 forward_counts=forward_counts, lane_rows=self.lane_rows, recv_tokens=self.recv_tokens,

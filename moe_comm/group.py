@@ -41,6 +41,7 @@ class EPGroup:
         self._gather = gather
         self._secret: int | None = None
         self._store: dist.Store | None = None
+        self.process_group: dist.ProcessGroup | None = None
         self.engines: dict[tuple[str, str, int, int], _engine.Engine] = {}
         self.lock = threading.Lock()
 
@@ -97,7 +98,7 @@ class EPGroup:
         def gather(value: Any) -> list[Any]:
             step = next(sequence)
             keys = [f"moe_comm/{name}/{step}/{r}" for r in range(num_ranks)]
-            store.set(keys[rank], pickle.dumps(value))
+            store.set(keys[rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes work, the stub says str
             try:
                 store.wait(keys, datetime.timedelta(seconds=timeout_s))
             except RuntimeError:  # DistStoreError is one; FileStore raises the bare class
@@ -122,14 +123,13 @@ class EPGroup:
 
 class _ProcessGroup(EPGroup):
     def __init__(self, group: dist.ProcessGroup):
-        self.process_group = group
-
         def gather(value: Any) -> list[Any]:
             values: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(values, value, group=group)
             return values
 
         super().__init__(dist.get_rank(group), dist.get_world_size(group), gather, group.group_name)
+        self.process_group = group
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,10 @@ class Handle:
             lists.append(tuple(numbers[at + 1 : at + 1 + length]))
             at += 1 + length
         group_key, number, rank, hops, layout, num_experts, topk, num_tokens, num_places = fields
+        place_shape, tokens_of, totals, forward_counts = lists
+        lane_rows, recv_tokens, positions, forward_tokens, forward_rows, counts = tensors[1:7]
         return cls(
             group_key, number, rank, HOPS[hops], LAYOUTS[layout], num_experts, topk, num_tokens, num_places,
-            *lists, *tensors[1:7],
+            place_shape, tokens_of, totals, forward_counts, lane_rows, recv_tokens, positions,
+            forward_tokens, forward_rows, counts,
         )  # fmt: skip

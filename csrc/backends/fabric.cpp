@@ -6,39 +6,36 @@
 //
 // Invariants:
 // - A Write belongs to libfabric from a successful post until its completion is read; its
-// fi_context2 never moves.
+//   fi_context2 never moves.
 // - disconnect() reports a peer's writes as failed at once. Their slots stay with libfabric
-// ("orphaned") until it lets
-//   go of them, which may be never (tcp to a stopped process), so the pool grows by as many.
+//   ("orphaned") until it lets go of them, which may be never (tcp to a stopped process), so the
+//   pool grows by as many.
 // - poll() allocates nothing unless something failed or a peer comes or goes. Timers (hellos,
-// refusals, the watch over
-//   peers' processes) run inside poll(): call it at least every 0.1 s, asleep or not.
-// - A completed write may be reused locally. That the peer has it is certain where completions are
-// acknowledgements: on
-//   RDMA NICs, and over tcp from kAcknowledgedBytes on.
+//   refusals, the watch over peers' processes) run inside poll(): call it at least every 0.1 s,
+//   asleep or not.
+// - A completed write's bytes may be reused. That the peer has them is certain where a completion
+//   is an acknowledgement: on RDMA NICs, and over tcp from kAcknowledgedBytes on.
 //
 // Learned from libfabric 1.17 (Debian 12), each by an experiment:
 // - ofi_rxm reconnects by itself: after a peer's death posts return -FI_EAGAIN for ever. Hence the
-// watch over processes
-//   of this host, and kStuckTimeout for those of others.
+//   watch over processes of this host, and kStuckTimeout for those of others.
 // - tcp completes a write when the socket took it. A target that finds a wrong key drops the
-// connection, the bytes in
-//   the socket are gone and the writer's completion was good. So large writes over tcp ask for
-//   FI_DELIVERY_COMPLETE: an acknowledgement, and so an error. Small ones do not: a bare ping-pong
-//   of 8 B took 14 us instead of 5.4, 64 KiB writes lost 10 % of their bandwidth, 1 MiB writes
-//   nothing that could be measured (2 cores, loopback).
+//   connection, the bytes in the socket are gone and the writer's completion was good. So large
+//   writes over tcp ask for FI_DELIVERY_COMPLETE: an acknowledgement, and so an error. Small ones
+//   do not: a bare ping-pong of 8 B took 14 us instead of 5.4, 64 KiB writes lost 10 % of their
+//   bandwidth; at 1 MiB no difference could be measured (2 cores, loopback).
 // - A wait fd costs tcp 0.9 us of 6.4 us one way (the provider then uses epoll), FI_THREAD_SAFE
-// nothing.
+//   nothing.
 // - shm with FI_DELIVERY_COMPLETE loses the completions of zero-length writes and hangs on a wrong
-// key: not used there.
-//   Without it a wrong key drops the write silently; nothing is corrupted. Its completion queue has
-//   no wait fd.
+//   key: not used there. Without it a wrong key drops the write silently; nothing is corrupted.
+//   Its completion queue has no wait fd.
 // - Withdrawing a region does not stop a tcp write whose first bytes are already being copied.
-// Close the transport
-//   before memory goes back to an allocator that others use.
+//   Close the transport before memory goes back to an allocator that others use.
 // - ofi_rxm must not be closed while a write arrives: NOTE [closing over tcp].
+// - libfabric's sockets are inherited by fork(): a child that does not exec keeps its parent's
+//   connections alive after the parent's death.
 // - /dev/shm/PID:0:0 of a killed process stays; the next open of the shm provider removes it
-// (fabric_device.cpp).
+//   (fabric_device.cpp).
 #include "../transport.hpp"
 
 #ifndef MOE_COMM_HAVE_FABRIC
@@ -59,8 +56,7 @@ namespace moe_comm {
 namespace {
 
 using std::chrono::milliseconds;
-constexpr auto kStuckTimeout =
-    milliseconds(30'000);  // nothing in flight, nothing can be posted: lost
+constexpr auto kStuckTimeout = milliseconds(30'000);  // nothing can be posted: lost
 constexpr auto kClosingTimeout = milliseconds(200);
 constexpr size_t kAcknowledgedBytes = 256 << 10;  // tcp: writes of at least this many bytes
 constexpr size_t kMaxQueueDepth = 1024;

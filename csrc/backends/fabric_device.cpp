@@ -2,10 +2,6 @@
 // `probe_fabric`.
 #include "../transport.hpp"
 
-#ifndef MOE_COMM_HAVE_FABRIC
-#error "define MOE_COMM_HAVE_FABRIC as 1 (with libfabric's headers, 1.17 or newer) or 0"
-#endif
-
 #if MOE_COMM_HAVE_FABRIC
 
 #include <arpa/inet.h>
@@ -109,7 +105,8 @@ bool looks_like_endpoint(const char* name, pid_t* pid) {
 // Removes files that killed processes of this user left. Three things must hold: the name and owner
 // fit, no such process runs, and nobody has the file open or mapped. The last is asked of the
 // kernel (a write lease is granted only then), because processes of another PID namespace may share
-// /dev/shm.
+// /dev/shm. Who opens the file while we hold the lease makes the kernel send us a signal: SIGURG,
+// which is ignored by default, instead of SIGIO, which is not.
 void remove_stale_endpoints() {
   const std::unique_ptr<DIR, int (*)(DIR*)> directory(opendir("/dev/shm"), closedir);
   if (!directory) return;
@@ -123,6 +120,7 @@ void remove_stale_endpoints() {
     struct stat status{};
     if (file.get() < 0 || fstat(file.get(), &status) != 0) continue;
     if (!S_ISREG(status.st_mode) || status.st_uid != geteuid()) continue;
+    if (fcntl(file.get(), F_SETSIG, SIGURG) != 0) continue;
     if (fcntl(file.get(), F_SETLEASE, F_WRLCK) == 0) unlinkat(at, entry->d_name, 0);
   }
 }
@@ -284,19 +282,13 @@ std::vector<TransportReport> probe_fabric() {
     const char* fix;
   };
   constexpr Known kKnown[] = {
-      {"tcp;ofi_rxm",
-       "this libfabric was built without its tcp or ofi_rxm provider: install the distribution's "
-       "libfabric1"},
-      {"shm",
-       "this libfabric was built without its shm provider; not needed, the shm backend does the "
-       "same"},
-      {"efa",
-       "no EFA device here; on AWS attach an EFA interface to the instance and install AWS's EFA "
-       "installer"},
+      {"tcp;ofi_rxm", "this libfabric has no tcp or no ofi_rxm provider: install libfabric1"},
+      {"shm", "this libfabric has no shm provider; not needed, the shm backend does the same"},
+      {"efa", "no EFA device: on AWS, attach an EFA interface and install AWS's EFA installer"},
       {"verbs;ofi_rxm",
-       "no RDMA NIC with an IP address here (see ibv_devinfo, rdma link); on a machine that has "
-       "one "
-       "install rdma-core and give its network interface an address"},
+       "no RDMA NIC with an IP address (see `rdma link`): where there is one, install rdma-core "
+       "and "
+       "give its network interface an address"},
   };
   std::vector<TransportReport> reports;
   const auto library = FabricLibrary::load();

@@ -60,7 +60,7 @@ class FabricPeers {
     uint64_t nonce = 0;
     uint32_t in_flight = 0;   // writes
     bool hello_sent = false;  // libfabric has it, or tend() will try again
-    bool stuck = false;       // since when nothing can be posted
+    bool stuck = false;       // nothing in flight and nothing can be posted
     Clock::time_point started, next_hello, stuck_since;
     std::unique_ptr<ProcessWatch> watch;  // of peers on this host
     std::string text;                     // "peer 3 (fi_sockaddr_in://10.0.0.7:4711, process 99)"

@@ -347,7 +347,7 @@ class ShmTransport final : public Transport {
       } else if (state == kRefused) {
         leave(peer);
         refuse(PeerId{i},
-               {Code::kTransport, "the peer refused: it does not share this group's secret"});
+               {Code::kMismatch, "the peer refused: it does not share this group's secret"});
       } else if (seconds_since(peer.started) > kConnectTimeout || peer.process.ended()) {
         leave(peer);
         refuse(PeerId{i},

@@ -175,7 +175,7 @@ class Session:
     def run(self) -> None:
         o = self.options
         cases = [
-            Case(self.ranks.num_ranks, tokens, *shape, routing)
+            Case(self.ranks.num_ranks, tokens, shape[0], shape[1], shape[2], routing)
             for shape in o.shapes
             for routing in o.routing
             for tokens in o.tokens

@@ -68,6 +68,11 @@ void expect_no_long_sleep(const std::string& what, const std::function<double()>
         what + " within 30 ms only " + std::to_string(soon) + " times of " + std::to_string(tries));
 }
 
+void wait_for_sleep(const Rank& rank) {
+  const uint64_t before = rank.proxy.stats().sleeps;
+  wait_until("the proxy does not sleep", [&] { return rank.proxy.stats().sleeps > before; });
+}
+
 void a_full_queue_that_drains_is_seen_soon() {
   Rank a(0), b(0);
   Bare reader;
@@ -78,12 +83,10 @@ void a_full_queue_that_drains_is_seen_soon() {
     auto done = a.proxy.submit(
         std::vector<Proxy::UserWrite>(1025, {peer, &a.region, 0, 0, &b.remote, 0, true, 1}),
         nullptr);
-    nap(0.02);  // the queue is full and the proxy asleep
-    CHECK(!done->done(), "the queue is longer than this test thinks");
-    const uint64_t target = reader.immediates + 1025;
-    wait_until("the reader is empty",
-               [&] { return reader.poll(), reader.immediates >= target - 1; });
-    const auto start = Clock::now();  // no event says that there is room now
+    wait_until("more was posted than fits", [&] { return a.proxy.stats().writes % 1025 == 1024; });
+    wait_for_sleep(a);
+    const auto start = Clock::now();
+    const uint64_t target = reader.immediates + 1025;  // no event says that there is room again
     wait_until("the last write is lost",
                [&] { return reader.poll(), reader.immediates == target; });
     return seconds_since(start);
@@ -94,7 +97,7 @@ void who_only_receives_is_not_late() {
   Rank a(1), b(2);  // no wait fd: chaos
   const uint32_t peer = a.connect(b);
   expect_no_long_sleep("a write to a rank at rest arrives", [&] {
-    nap(0.01);
+    wait_for_sleep(b);
     const auto start = Clock::now();
     (void)write(a, peer, b, 0, 0, 64, 1);
     CHECK(b.proxy.take_immediates(1, 1, kSoon));
@@ -139,6 +142,14 @@ void a_lost_peer_gives_a_status() {
 void who_was_disconnected_can_come_back() {
   for (const uint64_t seed : {0, 12, 13}) {
     Rank a(seed), b(0);
+    std::atomic<bool> enough{false};
+    std::thread looker([&] {  // as a thread that waits for rows does, while another connects
+      for (uint32_t peer = 0; !enough; peer = (peer + 1) % 8) {
+        const bool ready = a.proxy.peer_state(peer) == PeerState::kReady;
+        CHECK(!ready || a.proxy.peer_status(peer).code() != Code::kInvalid);
+        sched_yield();
+      }
+    });
     uint32_t last = ~0u;
     for (uint32_t round = 0; round < 5; ++round) {
       const uint32_t peer = a.connect(b);
@@ -161,6 +172,8 @@ void who_was_disconnected_can_come_back() {
     });
     CHECK(a.proxy.peer_status(stranger).text().find("secret") != std::string::npos);
     CHECK(!a.proxy.connect(Address(3)).ok(), "an address of three bytes");
+    enough = true;
+    looker.join();
   }
 }
 
