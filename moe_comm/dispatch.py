@@ -141,13 +141,12 @@ class PendingDispatch:
             )
         call.num_tokens, call.num_experts = num_tokens, num_experts
         call.capacity = layout.capacity_for(row.row_bytes, counts)
-        if request.deferred:
-            if not (limit is not None and limit <= call.capacity):
-                raise wrong(
-                    "async_op",
-                    f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
-                    Found(f"max_tokens = {limit}"),
-                )
+        if request.deferred and not (limit is not None and limit <= call.capacity):
+            raise wrong(
+                "async_op",
+                f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
+                Found(f"max_tokens = {limit}"),
+            )
         call.own_rounds = max(1, -(-num_tokens // call.capacity))
         call.set_format(
             row.payload_bytes, row.scale_bytes, row.scales_at, row.token_at, row.ids_at, row.weights_at, topk,
