@@ -59,14 +59,20 @@ void Proxy::stop() {
 }
 
 Status Proxy::push(const Transfer& transfer, double seconds) {
+  if (slot_lost_.load(std::memory_order_relaxed)) return fault_.status();
+  if (stop_.load(std::memory_order_acquire)) return {Code::kClosed, "push: the engine is closed"};
   const uint64_t ticket = producer_.reserve();
   const auto start = Clock::now();
   for (Backoff backoff; producer_.full(ticket); backoff.step()) {
     wake();
+    if (ended_.load(std::memory_order_relaxed)) {
+      return {Code::kClosed, "push: the engine is closed"};
+    }
     if (seconds_since(start) > seconds) {
       Status status(Code::kTransport,
                     "the command ring stayed full for " + std::to_string(seconds) + " s");
-      fault_.raise(status);  // the reserved slot is lost: nothing may follow it
+      fault_.raise(status);
+      slot_lost_.store(true, std::memory_order_relaxed);  // the reserved one: nothing may follow it
       return status;
     }
   }
@@ -225,7 +231,8 @@ std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes,
       std::make_shared<Operation>(static_cast<uint32_t>(parts.size()), std::move(keep));
   bool accepted = false;
   run([&] {
-    accepted = true;
+    accepted = !stop_.load(std::memory_order_acquire);  // or stop() would wait for more and more
+    if (!accepted) return;
     for (Write& part : parts) {
       part.operation = operation;
       enqueue(std::move(part));
@@ -296,6 +303,11 @@ void Proxy::body() noexcept {
   ended_.store(true);
   for (auto& function : functions_) function();  // nobody is left waiting
   functions_.clear();
+  const Status closed(Code::kClosed, "the engine is closed");
+  for (uint32_t peer = 0; peer < peers_.size(); ++peer) lose(peer, closed);
+  for (Write& write : in_flight_) {
+    if (write.operation) finish(write, closed);
+  }
 }
 
 bool Proxy::take_commands() {
@@ -380,7 +392,8 @@ bool Proxy::post_pending() {
     const uint32_t index = with_pending_[i];
     Peer& peer = peers_[index];
     while (peer.state.load(std::memory_order_relaxed) == PeerState::kReady &&
-           !peer.pending.empty() && !free_slots_.empty()) {
+           !peer.pending.empty() &&
+           free_slots_.size() > peer.in_flight) {  // so that some are left for any other peer
       Write& write = peer.pending.front();
       const uint32_t slot = free_slots_.back();
       WriteRequest request;
@@ -402,10 +415,12 @@ bool Proxy::post_pending() {
         stats_.writes.fetch_add(1, std::memory_order_relaxed);
         stats_.bytes.fetch_add(posted.num_bytes, std::memory_order_relaxed);
         free_slots_.pop_back();
+        ++peer.in_flight;
         in_flight_[slot] = std::move(posted);
       } else {
         const bool of_peer = status.code() != Code::kInvalid && !posted.operation;
         finish(posted, status);
+        if (!of_peer && !posted.operation) fault_.raise(status);  // a command that makes no sense
         if (of_peer || status.code() == Code::kPeerLost) lose(index, status);
       }
     }
@@ -431,6 +446,7 @@ bool Proxy::poll_transport(bool arm) {
         Write write = std::move(in_flight_[slot]);
         in_flight_[slot] = Write{};
         free_slots_.push_back(slot);
+        --peers_[write.peer].in_flight;
         finish(write, c.status);
         if (!c.status.ok() && !write.operation) lose(write.peer, c.status);
         break;
@@ -446,10 +462,12 @@ bool Proxy::poll_transport(bool arm) {
           fault_.raise(status);
         }
         break;
-      case Completion::Kind::kPeerReady:
-        peers_[peer_of_id_[static_cast<uint32_t>(c.peer)]].state.store(PeerState::kReady,
-                                                                       std::memory_order_release);
+      case Completion::Kind::kPeerReady: {  // of a peer that was disconnected meanwhile: too late
+        PeerState connecting = PeerState::kConnecting;
+        peers_[peer_of_id_[static_cast<uint32_t>(c.peer)]].state.compare_exchange_strong(
+            connecting, PeerState::kReady, std::memory_order_release, std::memory_order_relaxed);
         break;
+      }
       case Completion::Kind::kPeerRefused:
       case Completion::Kind::kPeerLost:
         lose(peer_of_id_[static_cast<uint32_t>(c.peer)], c.status);
@@ -521,7 +539,9 @@ void Proxy::sleep() {
   if (!work) {
     const int wait_fd = transport_->info().wait_fd;
     pollfd fds[2] = {{event_.get(), POLLIN, 0}, {wait_fd, POLLIN, 0}};
-    const bool nap = wait_fd < 0 && !peers_.empty();
+    // Nobody tells us when a full queue has room again; nor, without a wait fd, what arrives.
+    const bool nap = !with_pending_.empty() ||
+                     (wait_fd < 0 && (!peers_.empty() || stats_.immediates.load() > 0));
     const timespec limit{
         0, static_cast<long>((nap ? kNapSleep : std::min(kIdleSleep, options_.heartbeat_s * 2)) *
                              1e9)};

@@ -143,7 +143,8 @@ class Proxy {
     std::atomic<PeerState> state{PeerState::kConnecting};
     Fault lost;
     std::deque<Write> pending;
-    bool queued = false;  // in with_pending_
+    bool queued = false;     // in with_pending_
+    uint32_t in_flight = 0;  // writes
   };
   struct ChannelState {
     Channel channel;
@@ -203,6 +204,7 @@ class Proxy {
   ProxyStats stats_;
   FileDescriptor event_;
   std::atomic<bool> sleeping_{false};
+  std::atomic<bool> slot_lost_{false};
   std::atomic<bool> stop_{false};
   std::atomic<bool> ended_{false};
   std::thread thread_;

@@ -28,7 +28,9 @@
 //   nothing.
 // - shm with FI_DELIVERY_COMPLETE loses the completions of zero-length writes and hangs on a wrong
 //   key: not used there. Without it a wrong key drops the write silently; nothing is corrupted.
-//   Its completion queue has no wait fd.
+//   Its completion queue has no wait fd. A process killed inside it leaves locks taken: of 31
+//   ranks whose peer died so in the middle of 8 MiB writes, 3 completed nothing afterwards. Ranks
+//   of one host are better served by shm.cpp.
 // - Withdrawing a region does not stop a tcp write whose first bytes are already being copied.
 //   Close the transport before memory goes back to an allocator that others use.
 // - ofi_rxm must not be closed while a write arrives: NOTE [closing over tcp].

@@ -206,16 +206,12 @@ class ShmTransport final : public Transport {
       }
       armed_ = false;
     }
-    size_t n = 0;
-    while (n < out.size() && !done_.empty()) {
-      out[n++] = std::move(done_.front());
-      done_.pop_front();
-    }
+    size_t n = take_done(out);
     answer_hellos();
     n += take_immediates(out.subspan(n));
     if (pending_hellos_ > 0) watch_hellos();
     if (seconds_since(last_liveness_) > kLivenessInterval) watch_processes();
-    return n;
+    return n + take_done(out.subspan(n));  // what was just seen: the caller may be about to sleep
   }
 
  private:
@@ -279,6 +275,15 @@ class ShmTransport final : public Transport {
     at(endpoint.hellos[peer.slot].state).store(kGone, std::memory_order_release);
     at(endpoint.new_hellos).fetch_add(1, std::memory_order_release);
     peer.has_slot = false;
+  }
+
+  size_t take_done(std::span<Completion> out) {
+    size_t n = 0;
+    while (n < out.size() && !done_.empty()) {
+      out[n++] = std::move(done_.front());
+      done_.pop_front();
+    }
+    return n;
   }
 
   // As the owner of the table: admit who knows the secret, free the slots of who left.
@@ -379,8 +384,12 @@ class ShmTransport final : public Transport {
   Status copy(Peer& peer, const WriteRequest& request) {
     if (request.num_bytes == 0) return {};
     const RemoteRegion& remote = *request.remote;
-    if (request.remote_offset + request.num_bytes > remote.num_bytes ||
-        request.local_offset + request.num_bytes > request.local->bytes.size()) {
+    const auto outside = [&](uint64_t offset,
+                             uint64_t size) {  // without a sum that could pass 2^64
+      return request.num_bytes > size || offset > size - request.num_bytes;
+    };
+    if (outside(request.remote_offset, remote.num_bytes) ||
+        outside(request.local_offset, request.local->bytes.size())) {
       return {Code::kInvalid, "write outside its region: offset " +
                                   std::to_string(request.remote_offset) + " + " +
                                   std::to_string(request.num_bytes) + " bytes of " +

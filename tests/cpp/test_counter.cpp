@@ -198,7 +198,7 @@ void rows_end_with_an_error() {
 
 // Two threads, each waiting for the other's row: a lost wake-up is a round of ten seconds.
 void the_doorbell_wakes_whoever_waits() {
-  constexpr uint64_t kRounds = 1500;
+  constexpr uint64_t kRounds = 20000;
   struct Side {
     Words words;
     Doorbell bell{0, 0};
