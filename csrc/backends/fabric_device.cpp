@@ -183,7 +183,11 @@ Result<std::shared_ptr<FabricDevice>> FabricDevice::open(const std::string& prov
   if (!library.ok()) return library.status();
   if (provider == "shm") remove_stale_endpoints();
   auto found = find_provider(library.value(), provider);
-  if (!found.ok()) return found.status();
+  if (!found.ok()) {
+    return Status(Code::kTransport, found.status().text() +
+                                        ": libfabric finds nothing here that this provider can "
+                                        "use; `moe-comm doctor` says what is missing");
+  }
 
   const fi_info* best = nullptr;
   std::vector<std::string> names;
