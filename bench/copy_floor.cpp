@@ -6,12 +6,11 @@
 #include <sched.h>
 
 #include <atomic>
-#include <bit>
 #include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__)
-#define CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#if defined(__x86_64__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define CLONES
 #endif
@@ -55,9 +54,9 @@ void barrier(const Tables& t) {
   }
 }
 
-inline float load(uint16_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-inline uint16_t round_off(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
+inline __attribute__((always_inline)) float load(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
+inline __attribute__((always_inline)) uint16_t round_off(float value) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 

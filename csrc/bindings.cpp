@@ -10,6 +10,7 @@
 
 #include "engine.hpp"
 #include "exchange.hpp"
+#include "host_pool.hpp"
 
 namespace py = pybind11;
 using namespace moe_comm;  // NOLINT: one file, all of it glue
@@ -171,20 +172,12 @@ void bind_call(py::module_& m) {
       .def_readwrite("num_rounds", &Call::num_rounds)
       .def_readwrite("tokens_of", &Call::tokens_of)
       .def_readwrite("totals", &Call::totals)
-      .def_readwrite("expert_rows", &Call::expert_rows)
-      .def_readwrite("row_starts", &Call::row_starts)
-      .def_readwrite("received_rows", &Call::received_rows)
-      .def_readwrite("copy_places", &Call::copy_places)
       .def_readwrite("columns_by_place", &Call::columns_by_place)
       .def_readwrite("y_stride", &Call::y_stride)
       .def_readwrite("bias_stride", &Call::bias_stride)
       .def_readwrite("out_stride", &Call::out_stride)
       .def_readonly("epochs", &Call::epochs)
-      .def_readonly("identity", &Call::identity)
-      .def_property_readonly("rank_counts",
-                             [](const Call& call) { return call.routes.rank_counts; })
-      .def_property_readonly("lane_counts",
-                             [](const Call& call) { return call.routes.lane_counts; });
+      .def_readonly("identity", &Call::identity);
   c.def_property(
       "x_stride", [](const Call& call) { return call.source.x_stride; },
       [](Call& call, int64_t stride) { call.source.x_stride = stride; });
@@ -262,6 +255,12 @@ void bind_exchange(py::module_& m) {
            })
       .def("wait_headers",
            [](Self& self, Call& call) { check(unlocked([&] { return self.wait_headers(call); })); })
+      .def("place",
+           [](Self& self, Call& call, uint64_t alignment, uint64_t capacity, uintptr_t copies) {
+             const Placement p =
+                 self.place(call, alignment, capacity, reinterpret_cast<int64_t*>(copies));
+             return std::make_tuple(p.num_rows, p.num_places, p.num_copies, p.fullest);
+           })
       .def("receive",
            [](Self& self, Call& call, uint32_t round) {
              check(unlocked([&] { return self.receive(call, round); }));
@@ -285,6 +284,21 @@ void bind_exchange(py::module_& m) {
         d["writes"] = s.writes_link.load();
         return d;
       });
+}
+
+void bind_host_pool(py::module_& m) {
+  py::class_<HostBlock>(m, "HostBlock", py::buffer_protocol())
+      .def(py::init([](size_t num_bytes) {
+        auto block = std::make_unique<HostBlock>(num_bytes);
+        if (!block->data()) throw std::bad_alloc();
+        return block;
+      }))
+      .def_buffer([](HostBlock& block) {
+        return py::buffer_info(static_cast<uint8_t*>(block.data()),
+                               static_cast<py::ssize_t>(block.size()));
+      });
+  m.def("kept_host_bytes", &kept_host_bytes);
+  m.def("release_kept_host_memory", &release_kept_host_memory);
 }
 
 struct SharedBuffer {  // a shared segment with the buffer protocol: memory that shm peers write
@@ -448,6 +462,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_engine(m);
   bind_call(m);
   bind_exchange(m);
+  bind_host_pool(m);
   bind_rows(m);
   m.def("can_map", [](const NameTuple& name, uint64_t secret) {
     auto segment = SharedSegment::open(from_tuple(name));

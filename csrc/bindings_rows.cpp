@@ -61,7 +61,7 @@ void bind_rows(py::module_& m) {
              source.topk_weights = at<float>(topk_weights);
              write_row(at<std::byte>(row),
                        {payload, scale, scales_at, token_at, ids_at, weights_at, topk, row_bytes},
-                       source, token);
+                       source, token, token);
            });
   // terms: (address, weight or None)
   rows.def("sum_rows", [](uintptr_t out,

@@ -58,7 +58,7 @@ struct Timeouts {
 struct Call {
   ExchangeKind kind = kDispatch;
   bool cached = false;          // a dispatch that reuses a handle: rows carry no ids
-  bool own_rows_direct = true;  // own rows are read from x when received, not from the own slot
+  bool own_rows_direct = true;  // own rows are read from x or y when received, not from a slot
   RowFormat format;
   Agreed agreed{};
   uint32_t capacity = 1;    // C: source tokens per round
@@ -88,9 +88,7 @@ struct Call {
   int64_t* out_ids = nullptr;         // rank layout [rows, K]; expert layout [P]; null: not wanted
   float* out_weights = nullptr;       // likewise
   std::vector<uint32_t> expert_rows;  // [R, L] copies for my experts, by source
-  std::vector<uint64_t>
-      expert_offsets;   // [L] first place of each expert's group (expert and padded layouts)
-  bool expand = false;  // expert or padded layout
+  bool expand = false;                // expert or padded layout
 
   // --- combine
   const std::byte* y = nullptr;
@@ -113,6 +111,14 @@ struct Call {
   std::vector<uint64_t> copy_places;     // [R, L] reader: next place of a copy
   std::vector<uint32_t> forwarded_rows;  // [N, G] forwarder: rows passed on so far
   Status failure;                        // the first error found in the peers' headers
+};
+
+// Where a dispatch's rows will lie. num_places: rows of the output, padding included.
+struct Placement {
+  uint64_t num_rows = 0;    // received: one for each (token, this rank)
+  uint64_t num_places = 0;  // num_rows, or copies with the padding of their groups
+  uint64_t num_copies = 0;  // (token, expert) pairs
+  uint64_t fullest = 0;     // copies for the expert that gets most
 };
 
 struct ExchangeStats {  // payload rows and bytes this rank stored (its node) or sent (links),
@@ -142,6 +148,10 @@ class Exchange {
   Status route_tokens(Call& call);
   Status send(const std::shared_ptr<Call>& call);  // the next round
   Status wait_headers(Call& call);  // round 0: tokens_of, totals, expert_rows, num_rounds
+  // After wait_headers (fresh) or with a handle's totals: where each source's rows begin, and with
+  // `expand` where each expert's copies do. Groups are padded to a multiple of `alignment`, or to
+  // `capacity` places each if that is not 0. copies [experts this rank owns]: how many for each.
+  Placement place(Call& call, uint64_t alignment, uint64_t capacity, int64_t* copies) const;
   Status receive(Call& call, uint32_t round);  // waits, unpacks, releases
   Status finish(Call& call);                   // the forwarder is done with all rounds
   uint64_t next_epoch() const { return next_epoch_; }
@@ -208,7 +218,7 @@ class Exchange {
   Status await_credits(const Call& call, uint64_t epoch);
   Status send_dispatch(Call& call, uint64_t epoch, uint32_t round);
   Status send_combine(Call& call, uint64_t epoch, uint32_t round);
-  void write_results(Call& call, std::byte* rows, uint32_t source, uint32_t from, uint32_t to);
+  void write_result(const Call& call, std::byte* out, size_t row, size_t next);
   void commit(uint32_t rank, uint32_t index, uint64_t epoch);
   Status push(Link& link, uint64_t epoch, size_t num_bytes);
   void write_counts(const Call& call, std::byte* counts, uint32_t rank) const;
@@ -228,6 +238,7 @@ class Exchange {
     const int32_t* ids;
     const float* weights;
     int32_t token;
+    const std::byte* next;  // payload of the row after it, or null
   };
   void unpack_slot(Call& call, uint32_t source, const std::byte* rows, uint32_t num_rows);
   void unpack_own(Call& call, uint32_t round);
@@ -253,8 +264,11 @@ class Exchange {
   std::atomic<bool> closing_{false}, closed_{false};
   Fault fault_;
   ExchangeStats stats_;
-  std::vector<std::byte> node_sum_;  // scratch of the user's thread: one row
+  // Scratch of the user's thread.
+  std::vector<std::byte> node_sum_, own_result_;  // one row
   std::vector<float> node_columns_;
+  std::vector<uint32_t> lane_tokens_;  // of a window being packed
+  std::vector<Term> copies_;           // of a result being written
 
   struct Work {
     std::shared_ptr<Call> call;

@@ -88,9 +88,9 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
         if (to[g] < 0) continue;
         if (starts[g] < 0) starts[g] = to[g];
         std::byte* window_of = slot(peers_[shape_.rank_of[my_node_ * G + g]].base, source, epoch);
-        std::memcpy(window_of + kHeaderBytes + counts_bytes(call, false) +
-                        static_cast<size_t>(to[g] - starts[g]) * row_bytes,
-                    rows, row_bytes);
+        copy_row(window_of + kHeaderBytes + counts_bytes(call, false) +
+                     static_cast<size_t>(to[g] - starts[g]) * row_bytes,
+                 rows, row_bytes, i + 1 < header.rows ? rows + row_bytes : nullptr);
         ++here[g];
       }
     }
@@ -164,7 +164,7 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
           if (starts[g] < 0) starts[g] = rows[g];
           const std::byte* row =
               windows[g] + kHeaderBytes + static_cast<size_t>(rows[g] - starts[g]) * row_bytes;
-          terms.push_back({row, 0, false});
+          terms.push_back({row, 0, false, i + 1 < to ? row + row_bytes : nullptr});
           columns.push_back(reinterpret_cast<const float*>(row + call.format.weights_at));
         }
         sum_rows(sum, terms, nullptr, num_items, call.dtype);

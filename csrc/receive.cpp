@@ -118,6 +118,37 @@ Status Exchange::wait_headers(Call& call) {
   return {};
 }
 
+Placement Exchange::place(Call& call, uint64_t alignment, uint64_t capacity,
+                          int64_t* copies) const {
+  const uint32_t R = shape_.num_ranks, L = num_local_experts(call);
+  Placement out;
+  call.received_rows.assign(R, 0);
+  call.row_starts.resize(R);
+  for (uint32_t r = 0; r < R; ++r) {
+    call.row_starts[r] = static_cast<uint32_t>(out.num_rows);
+    out.num_rows += call.totals[r];
+  }
+  out.num_places = out.num_rows;
+  if (call.cached || call.kind == kCombine) return out;
+  const uint64_t first = uint64_t{shape_.rank} * L;
+  if (call.expand) call.copy_places.assign(static_cast<size_t>(R) * L, 0);
+  uint64_t group = 0;  // the first place of this expert's
+  for (uint64_t e = 0; e < L && first + e < call.num_experts; ++e) {
+    uint64_t at = group;
+    for (uint32_t r = 0; r < R; ++r) {
+      if (call.expand) call.copy_places[uint64_t{r} * L + e] = at;
+      at += call.expert_rows[uint64_t{r} * L + e];
+    }
+    const uint64_t count = at - group;
+    copies[e] = static_cast<int64_t>(count);
+    out.num_copies += count;
+    out.fullest = std::max(out.fullest, count);
+    group += capacity ? capacity : (count + alignment - 1) / alignment * alignment;
+  }
+  if (call.expand) out.num_places = group;
+  return out;
+}
+
 Status Exchange::receive(Call& call, uint32_t round) {
   if (fault_.raised()) return fault_.status();
   const uint64_t epoch = call.epochs[round];
@@ -165,7 +196,8 @@ Status Exchange::receive(Call& call, uint32_t round) {
 void Exchange::unpack_slot(Call& call, uint32_t source, const std::byte* rows, uint32_t num_rows) {
   const RowFormat& f = call.format;
   for (uint32_t i = 0; i < num_rows; ++i, rows += f.row_bytes) {
-    RowView row{rows, rows + f.scales_at, nullptr, nullptr, 0};
+    RowView row{rows, rows + f.scales_at, nullptr, nullptr, 0, nullptr};
+    if (i + 1 < num_rows) row.next = rows + f.row_bytes;
     if (!call.cached) {
       row.ids = reinterpret_cast<const int32_t*>(rows + f.ids_at);
       row.weights = reinterpret_cast<const float*>(rows + f.weights_at);
@@ -186,8 +218,9 @@ void Exchange::unpack_own(Call& call, uint32_t round) {
   std::vector<int32_t> ids(f.topk);
   for (uint32_t t = first; t < last; ++t) {
     if (call.lane_rows[static_cast<size_t>(t) * num_lanes_ + lane] < 0) continue;
-    RowView row{call.source.x + t * call.source.x_stride, nullptr, nullptr, nullptr,
-                static_cast<int32_t>(t)};
+    const std::byte* payload = call.source.x + t * call.source.x_stride;
+    RowView row{payload, nullptr, nullptr, nullptr, static_cast<int32_t>(t), nullptr};
+    if (t + 1 < last) row.next = payload + call.source.x_stride;
     if (f.scale_bytes) {
       const uint32_t item = call.source.scale_item_bytes;
       for (uint32_t i = 0; i * item < f.scale_bytes; ++i) {
@@ -217,7 +250,7 @@ void Exchange::place_row(Call& call, uint32_t source, const RowView& row) {
   const uint32_t K = f.topk, L = num_local_experts(call);
   const size_t out = call.row_starts[source] + call.received_rows[source]++;
   const auto put = [&](size_t place) {
-    std::memcpy(call.out_x + place * f.payload_bytes, row.payload, f.payload_bytes);
+    copy_row(call.out_x + place * f.payload_bytes, row.payload, f.payload_bytes, row.next);
     if (f.scale_bytes)
       std::memcpy(call.out_scales + place * f.scale_bytes, row.scales, f.scale_bytes);
   };
@@ -265,6 +298,8 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
       std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity);
   node_sum_.resize(call.format.payload_bytes);
   node_columns_.resize(K);
+  own_result_.resize(row_bytes);
+  const auto own_lane = static_cast<uint32_t>(lane_of_rank_[shape_.rank]);
   std::vector<const std::byte*> windows(num_lanes_);  // rows of each lane
   for (uint32_t lane = 0; lane < num_lanes_; ++lane) {
     if (!shape_.hops_node) {
@@ -286,9 +321,23 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
                          std::vector<const float*>& columns_to) {
       if (rows[lane] < 0) return;
       if (starts[lane] < 0) starts[lane] = rows[lane];
+      if (lane == own_lane && call.own_rows_direct) {
+        const size_t own = call.row_starts[shape_.rank] + static_cast<size_t>(rows[lane]);
+        if (!call.positions) {
+          const std::byte* row = call.y + own * call.y_stride;
+          to.push_back({row, 0, false, t + 1 < last ? row + call.y_stride : nullptr});
+          columns_to.push_back(call.columns ? call.columns + own * K : nullptr);
+          return;
+        }
+        write_result(call, own_result_.data(), own, own);
+        to.push_back({own_result_.data()});
+        columns_to.push_back(
+            reinterpret_cast<const float*>(own_result_.data() + call.format.weights_at));
+        return;
+      }
       const std::byte* row =
           windows[lane] + static_cast<size_t>(rows[lane] - starts[lane]) * row_bytes;
-      to.push_back({row, 0, false});
+      to.push_back({row, 0, false, t + 1 < last ? row + row_bytes : nullptr});
       columns_to.push_back(reinterpret_cast<const float*>(row + call.format.weights_at));
     };
     if (!shape_.hops_node) {

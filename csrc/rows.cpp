@@ -1,19 +1,23 @@
 #include "rows.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
 #include <string>
 
-// One binary for every CPU of the architecture: the loader picks the clone. No clone may fuse
-// multiply and add
-// (-ffp-contract=off), so all give the same bits.
-#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-#define MOE_COMM_CLONES \
-  __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
-#else
+// One binary for every CPU of the architecture: the loader picks the clone by what the CPU can do
+// (clones named after a CPU, like arch=haswell, would fit that model only). No clone may fuse
+// multiply and add (-ffp-contract=off), so all give the same bits.
+#if !defined(__x86_64__) || defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 #define MOE_COMM_CLONES
+#elif __GNUC__ >= 12
+#define MOE_COMM_CLONES \
+  __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define MOE_COMM_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #endif
+// GCC inlines nothing into a clone by itself, not even std::span's operators: a call for every
+// item.
+#define MOE_COMM_INLINE inline __attribute__((always_inline))
 
 namespace moe_comm {
 namespace {
@@ -25,77 +29,73 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float load(const float* p) { return *p; }
-inline double load(const double* p) { return *p; }
-inline float load(const BFloat16* p) {
-  return std::bit_cast<float>(static_cast<uint32_t>(p->bits) << 16);
+MOE_COMM_INLINE float load(const float* p) { return *p; }
+MOE_COMM_INLINE double load(const double* p) { return *p; }
+MOE_COMM_INLINE float load(const BFloat16* p) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(p->bits) << 16);
 }
-inline float load(const _Float16* p) { return static_cast<float>(*p); }
+MOE_COMM_INLINE float load(const _Float16* p) { return static_cast<float>(*p); }
 
-inline void store(float* p, float v) { *p = v; }
-inline void store(double* p, double v) { *p = v; }
-inline void store(_Float16* p, float v) { *p = static_cast<_Float16>(v); }
-inline void store(BFloat16* p,
-                  float v) {  // to nearest even; every NaN becomes the quiet one, as in torch
-  const uint32_t bits = std::bit_cast<uint32_t>(v);
+MOE_COMM_INLINE void store(float* p, float v) { *p = v; }
+MOE_COMM_INLINE void store(double* p, double v) { *p = v; }
+MOE_COMM_INLINE void store(_Float16* p, float v) { *p = static_cast<_Float16>(v); }
+MOE_COMM_INLINE void store(
+    BFloat16* p,
+    float v) {  // to nearest even; every NaN becomes the quiet one, as in torch
+  const uint32_t bits = __builtin_bit_cast(uint32_t, v);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   p->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
+constexpr size_t kLine = 64;  // bytes of a cache line
+
+MOE_COMM_INLINE void fetch(const std::byte* from, size_t num_bytes) {
+  for (size_t i = 0; i < num_bytes; i += kLine) __builtin_prefetch(from + i, 0, 3);
+}
+
+// acc[i] (= or +=) row[i], times the weight if there is one.
 template <typename T, typename Acc>
-inline __attribute__((always_inline)) void sum_block(T* out, std::span<const Term> terms,
-                                                     const T* bias, size_t from, size_t n) {
-  Acc acc[kBlock];
-  size_t first = 0;
-  if (bias) {
-    for (size_t i = 0; i < n; ++i) acc[i] = load(bias + from + i);
-  } else {
-    const T* row = reinterpret_cast<const T*>(terms[0].row) + from;
-    const Acc weight = static_cast<Acc>(terms[0].weight);
-    if (terms[0].weighted) {
+MOE_COMM_INLINE void add_term(Acc* acc, const Term& term, size_t from, size_t n, bool first) {
+  const T* row = reinterpret_cast<const T*>(term.row) + from;
+  const Acc weight = static_cast<Acc>(term.weight);
+  if (term.next) fetch(term.next + from * sizeof(T), n * sizeof(T));
+  if (term.weighted) {
+    if (first) {
       for (size_t i = 0; i < n; ++i) acc[i] = load(row + i) * weight;
     } else {
-      for (size_t i = 0; i < n; ++i) acc[i] = load(row + i);
-    }
-    first = 1;
-  }
-  for (size_t t = first; t < terms.size(); ++t) {
-    const T* row = reinterpret_cast<const T*>(terms[t].row) + from;
-    const Acc weight = static_cast<Acc>(terms[t].weight);
-    if (terms[t].weighted) {
       for (size_t i = 0; i < n; ++i) acc[i] += load(row + i) * weight;
-    } else {
-      for (size_t i = 0; i < n; ++i) acc[i] += load(row + i);
     }
+  } else if (first) {
+    for (size_t i = 0; i < n; ++i) acc[i] = load(row + i);
+  } else {
+    for (size_t i = 0; i < n; ++i) acc[i] += load(row + i);
   }
-  for (size_t i = 0; i < n; ++i) store(out + from + i, acc[i]);
 }
 
 template <typename T, typename Acc>
-inline __attribute__((always_inline)) void sum_all(std::byte* out, std::span<const Term> terms,
-                                                   const std::byte* bias, size_t num_items) {
+MOE_COMM_INLINE void sum_all(std::byte* to, const Term* terms, size_t num_terms,
+                             const std::byte* bias, size_t num_items) {
+  Acc acc[kBlock];
+  T* out = reinterpret_cast<T*>(to);
   for (size_t from = 0; from < num_items; from += kBlock) {
-    sum_block<T, Acc>(reinterpret_cast<T*>(out), terms, reinterpret_cast<const T*>(bias), from,
-                      std::min(kBlock, num_items - from));
+    const size_t n = num_items - from < kBlock ? num_items - from : kBlock;
+    if (bias) add_term<T, Acc>(acc, {bias, 0, false, nullptr}, from, n, true);
+    for (size_t t = 0; t < num_terms; ++t)
+      add_term<T, Acc>(acc, terms[t], from, n, !bias && t == 0);
+    for (size_t i = 0; i < n; ++i) store(out + from + i, acc[i]);
   }
 }
 
-MOE_COMM_CLONES void sum_bfloat16(std::byte* out, std::span<const Term> terms,
-                                  const std::byte* bias, size_t n) {
-  sum_all<BFloat16, float>(out, terms, bias, n);
-}
-MOE_COMM_CLONES void sum_float16(std::byte* out, std::span<const Term> terms, const std::byte* bias,
-                                 size_t n) {
-  sum_all<_Float16, float>(out, terms, bias, n);
-}
-MOE_COMM_CLONES void sum_float32(std::byte* out, std::span<const Term> terms, const std::byte* bias,
-                                 size_t n) {
-  sum_all<float, float>(out, terms, bias, n);
-}
-MOE_COMM_CLONES void sum_float64(std::byte* out, std::span<const Term> terms, const std::byte* bias,
-                                 size_t n) {
-  sum_all<double, double>(out, terms, bias, n);
-}
+#define MOE_COMM_SUM(name, T, Acc)                                               \
+  MOE_COMM_CLONES void name(std::byte* out, const Term* terms, size_t num_terms, \
+                            const std::byte* bias, size_t num_items) {           \
+    sum_all<T, Acc>(out, terms, num_terms, bias, num_items);                     \
+  }
+MOE_COMM_SUM(sum_bfloat16, BFloat16, float)
+MOE_COMM_SUM(sum_float16, _Float16, float)
+MOE_COMM_SUM(sum_float32, float, float)
+MOE_COMM_SUM(sum_float64, double, double)
+#undef MOE_COMM_SUM
 
 }  // namespace
 
@@ -161,8 +161,23 @@ Status route(const int64_t* topk_idx, uint32_t num_tokens, uint32_t topk, uint32
   return {};
 }
 
-void write_row(std::byte* row, const RowFormat& format, const TokenSource& source, uint32_t token) {
-  std::memcpy(row, source.x + token * source.x_stride, format.payload_bytes);
+MOE_COMM_CLONES void copy_row(std::byte* out, const std::byte* in, size_t num_bytes,
+                              const std::byte* next_in) {
+  size_t i = 0;
+  if (next_in) {
+    for (; i + kLine <= num_bytes; i += kLine) {
+      __builtin_prefetch(next_in + i, 0, 3);
+      __builtin_prefetch(out + num_bytes + i, 1, 3);
+      std::memcpy(out + i, in + i, kLine);
+    }
+  }
+  std::memcpy(out + i, in + i, num_bytes - i);
+}
+
+void write_row(std::byte* row, const RowFormat& format, const TokenSource& source, uint32_t token,
+               uint32_t next) {
+  copy_row(row, source.x + token * source.x_stride, format.payload_bytes,
+           next == token ? nullptr : source.x + next * source.x_stride);
   if (format.scale_bytes) {
     const std::byte* from = source.scales + token * source.scale_stride_token;
     const uint32_t item = source.scale_item_bytes;
@@ -192,7 +207,7 @@ void sum_rows(std::byte* out, std::span<const Term> terms, const std::byte* bias
   if (terms.empty() || (terms.size() == 1 && !terms[0].weighted && !bias)) {
     const std::byte* only = terms.empty() ? bias : terms[0].row;
     if (only) {
-      std::memcpy(out, only, num_items * item_bytes(dtype));
+      copy_row(out, only, num_items * item_bytes(dtype), terms.empty() ? nullptr : terms[0].next);
     } else {
       std::memset(out, 0, num_items * item_bytes(dtype));
     }
@@ -200,13 +215,13 @@ void sum_rows(std::byte* out, std::span<const Term> terms, const std::byte* bias
   }
   switch (dtype) {
     case DType::kBFloat16:
-      return sum_bfloat16(out, terms, bias, num_items);
+      return sum_bfloat16(out, terms.data(), terms.size(), bias, num_items);
     case DType::kFloat16:
-      return sum_float16(out, terms, bias, num_items);
+      return sum_float16(out, terms.data(), terms.size(), bias, num_items);
     case DType::kFloat32:
-      return sum_float32(out, terms, bias, num_items);
+      return sum_float32(out, terms.data(), terms.size(), bias, num_items);
     case DType::kFloat64:
-      return sum_float64(out, terms, bias, num_items);
+      return sum_float64(out, terms.data(), terms.size(), bias, num_items);
     case DType::kBytes:
       return;  // nothing to add: refused in Python
   }

@@ -70,7 +70,14 @@ struct TokenSource {  // the user's tensors of one dispatch
   const float* topk_weights = nullptr;
 };
 
-void write_row(std::byte* row, const RowFormat& format, const TokenSource& source, uint32_t token);
+// Copies one row and fetches the next: `next_in` (null: there is none), to go behind this one in
+// `out`. Where rows come from memory, not from a cache, this moves 1.3 to 1.7 times the bytes of a
+// memcpy for each.
+void copy_row(std::byte* out, const std::byte* in, size_t num_bytes, const std::byte* next_in);
+
+// One token's row, payload to weights; `next` is the token whose row follows (or `token`).
+void write_row(std::byte* row, const RowFormat& format, const TokenSource& source, uint32_t token,
+               uint32_t next);
 
 // --- sum -----------------------------------------------------------------------------------------
 
@@ -78,6 +85,7 @@ struct Term {
   const std::byte* row = nullptr;
   float weight = 0;
   bool weighted = false;
+  const std::byte* next = nullptr;  // the row that will be read after this one, to be fetched
 };
 
 // out[h] = round(bias[h] + terms in order), accumulated in fp32 (fp64 for kFloat64); a product is

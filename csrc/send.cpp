@@ -129,14 +129,15 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
                         bool skip_rows) {
     std::byte* rows = window + kHeaderBytes + counts_bytes(call, link);
     Header header = make_header(call, epoch);
-    int32_t start = -1;
+    lane_tokens_.clear();  // a lane's rows lie in the order of their tokens, without gaps
     for (uint32_t t = first; t < last; ++t) {
-      const int32_t row = call.lane_rows[static_cast<size_t>(t) * num_lanes_ + lane];
-      if (row < 0) continue;
-      if (start < 0) start = row;
-      if (!skip_rows)
-        write_row(rows + static_cast<size_t>(row - start) * row_bytes, call.format, call.source, t);
-      ++header.rows;
+      if (call.lane_rows[static_cast<size_t>(t) * num_lanes_ + lane] >= 0)
+        lane_tokens_.push_back(t);
+    }
+    header.rows = static_cast<uint32_t>(lane_tokens_.size());
+    for (size_t i = 0; i < lane_tokens_.size() && !skip_rows; ++i) {
+      write_row(rows + i * row_bytes, call.format, call.source, lane_tokens_[i],
+                lane_tokens_[std::min(i + 1, lane_tokens_.size() - 1)]);
     }
     if (counts && link && shape_.hops_node) {
       auto* words = reinterpret_cast<uint32_t*>(window + kHeaderBytes);
@@ -178,38 +179,32 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   return {};
 }
 
-// Results for the tokens [from, to) of the received rows of one source, one row each: a rank's own
-// copies are summed here (level 0), in lane order.
-void Exchange::write_results(Call& call, std::byte* rows, uint32_t source, uint32_t from,
-                             uint32_t to) {
+// The result for one received row, with its columns at weights_at: a rank's own copies are summed
+// here (level 0), in lane order. `next` is the row whose result follows (or `row`).
+void Exchange::write_result(const Call& call, std::byte* out, size_t row, size_t next) {
   const uint32_t K = call.format.topk;
-  const size_t num_items = call.format.payload_bytes / item_bytes(call.dtype);
-  std::vector<Term> terms;
-  terms.reserve(K);
-  for (uint32_t i = from; i < to; ++i, rows += call.format.row_bytes) {
-    const size_t row = call.row_starts[source] + i;
-    if (!call.positions) {
-      std::memcpy(rows, call.y + row * call.y_stride, call.format.payload_bytes);
-      if (call.columns) {
-        std::memcpy(rows + call.format.weights_at, call.columns + row * K, K * sizeof(float));
-      }
-      continue;
-    }
-    terms.clear();
-    const int32_t* places = call.positions + row * K;
-    auto* columns = reinterpret_cast<float*>(rows + call.format.weights_at);
-    for (uint32_t k = 0; k < K; ++k) {
-      if (call.columns) {
-        columns[k] = call.columns_by_place ? (places[k] < 0 ? 0.0f : call.columns[places[k]])
-                                           : call.columns[row * K + k];
-      }
-      if (places[k] < 0) continue;
-      const bool weighted = call.y_weights != nullptr;
-      terms.push_back({call.y + places[k] * call.y_stride,
-                       weighted ? call.y_weights[places[k]] : 0.0f, weighted});
-    }
-    sum_rows(rows, terms, nullptr, num_items, call.dtype);
+  auto* columns = reinterpret_cast<float*>(out + call.format.weights_at);
+  if (!call.positions) {
+    copy_row(out, call.y + row * call.y_stride, call.format.payload_bytes,
+             next == row ? nullptr : call.y + next * call.y_stride);
+    if (call.columns) std::memcpy(columns, call.columns + row * K, K * sizeof(float));
+    return;
   }
+  copies_.clear();
+  const int32_t* places = call.positions + row * K;
+  for (uint32_t k = 0; k < K; ++k) {
+    if (call.columns) {
+      columns[k] = call.columns_by_place ? (places[k] < 0 ? 0.0f : call.columns[places[k]])
+                                         : call.columns[row * K + k];
+    }
+    if (places[k] < 0) continue;
+    const bool weighted = call.y_weights != nullptr;
+    const std::byte* copy = call.y + places[k] * call.y_stride;
+    // The next row of its expert is mostly the one after it.
+    copies_.push_back({copy, weighted ? call.y_weights[places[k]] : 0.0f, weighted,
+                       next == row ? nullptr : copy + call.y_stride});
+  }
+  sum_rows(out, copies_, nullptr, call.format.payload_bytes / item_bytes(call.dtype), call.dtype);
 }
 
 Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
@@ -217,10 +212,15 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
   const auto pack = [&](std::byte* window, uint32_t source) {
     Header header = make_header(call, epoch);
     if (call.error.ok()) {
-      const auto [from, to] = range_of_round(
-          call, round, call.recv_tokens + call.row_starts[source], call.totals[source]);
-      write_results(call, window + kHeaderBytes, source, from, to);
+      const size_t start = call.row_starts[source];
+      const auto [from, to] =
+          range_of_round(call, round, call.recv_tokens + start, call.totals[source]);
       header.rows = to - from;
+      const bool direct = source == shape_.rank && call.own_rows_direct;
+      std::byte* row = window + kHeaderBytes;
+      for (uint32_t i = from; i < to && !direct; ++i, row += row_bytes) {
+        write_result(call, row, start + i, start + std::min(i + 1, to - 1));
+      }
     }
     std::memcpy(window, &header, sizeof header);
     return header.rows;

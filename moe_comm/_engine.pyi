@@ -47,6 +47,15 @@ def can_map(name: _SegmentName, secret: int) -> tuple[bool, str]:
 def transports() -> list[dict]:
     """Every transport that was built in: `name`, `available`, `detail` (version, devices), `reason` (why not, fix)."""
 
+@final
+class HostBlock:
+    """Memory with the buffer protocol, from the process's pool and back to it: csrc/host_pool.hpp."""
+
+    def __init__(self, num_bytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def kept_host_bytes() -> int: ...
+def release_kept_host_memory() -> None: ...
 def wait_word(address: int, old: int, seconds: float) -> int:
     """The uint64 at `address` once it differs from `old`, or as it is after `seconds`. Spins, yields, then naps."""
 
@@ -193,10 +202,6 @@ class Call:
     num_rounds: int
     tokens_of: Sequence[int]
     totals: Sequence[int]
-    expert_rows: Sequence[int]
-    row_starts: Sequence[int]
-    received_rows: Sequence[int]
-    copy_places: Sequence[int]
     x_stride: int
     y_stride: int
     bias_stride: int
@@ -222,10 +227,6 @@ class Call:
     def identity(self) -> int: ...
     @property
     def epochs(self) -> list[int]: ...
-    @property
-    def rank_counts(self) -> list[int]: ...
-    @property
-    def lane_counts(self) -> list[int]: ...
 
 @final
 class Exchange:
@@ -259,6 +260,11 @@ class Exchange:
         """Sends the next round. Waits for its bank."""
 
     def wait_headers(self, call: Call) -> None: ...
+    def place(
+        self, call: Call, alignment: int, capacity: int, copies: int
+    ) -> tuple[int, int, int, int]:
+        """Where received rows go. Returns rows, places, copies, copies of the fullest expert; fills `copies` [L]."""
+
     def receive(self, call: Call, round: int) -> None:
         """Waits for one round, unpacks it, releases its bank."""
 

@@ -49,7 +49,7 @@ def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
         raise wrong(name, "rows of a multiple of 16 bytes", value)
     if not (value.shape[0] == 0 or value.stride(1) == 1):
         raise wrong(name, "rows that are contiguous", Found(f"strides {value.stride()}"))
-    return value.detach()
+    return value.detach() if value.requires_grad else value
 
 
 def check_handle(buffer: "Buffer", handle: Any) -> None:

@@ -18,6 +18,7 @@ from .dispatch import COMBINE, FLAG_WEIGHTS, error_call, load_forward
 from .errors import ArgumentError
 from .handle import Handle
 from .layout import DTYPE_CODES, RowFormat
+from .memory import new_tensor
 
 if TYPE_CHECKING:
     from .buffer import Buffer
@@ -70,12 +71,10 @@ class PendingCombine:
         ):
             raise wrong("y", f"[{', '.join(map(str, shape))}]", request.y)
         hidden = request.y.shape[-1]
-        y = check_rows(
-            "y",
-            request.y.reshape(-1, hidden)
-            if handle.num_places
-            else request.y.new_empty((0, hidden)),
-        )
+        y = request.y
+        if y.dim() != 2:  # padded; reshape(-1) cannot guess the rows of nothing
+            y = y.reshape(handle.num_places, hidden)
+        y = check_rows("y", y)
         if y.dtype not in DTYPE_CODES:
             raise wrong("y", "bfloat16, float16, float32 or float64", y)
         num_tokens, topk = handle.num_tokens, handle.topk
@@ -97,14 +96,13 @@ class PendingCombine:
         call.set_format(row.payload_bytes, 0, 0, 0, 0, row.weights_at, topk, row.row_bytes)
         call.set_agreed(DTYPE_CODES[y.dtype], FLAG_WEIGHTS if columns else 0, handle.number)
         call.expand = handle.layout != "rank"
+        # Own results are read where they lie, unless y may change before, or `out` may be the same memory.
+        call.own_rows_direct = not request.deferred and request.out is None
         call.lane_rows = handle.lane_rows.data_ptr()
         call.recv_tokens = handle.recv_tokens.data_ptr()
         call.positions = handle.positions.data_ptr() if call.expand and handle.num_recv_rows else 0
         call.tokens_of, call.totals = handle.tokens_of, handle.totals
-        starts = [0]
-        for total in handle.totals[:-1]:
-            starts.append(starts[-1] + total)
-        call.row_starts = starts
+        self.buffer.native.place(call, 1, 0, 0)
         call.y, call.y_stride = y.data_ptr(), y.stride(0) * y.element_size()
         self.held += [y, handle]
         self._outputs(num_tokens, hidden, y.dtype, topk)
@@ -165,7 +163,7 @@ class PendingCombine:
                 )
             self.out = request.out
         else:
-            out = self.out = torch.empty((num_tokens, hidden), dtype=dtype)
+            out = self.out = new_tensor((num_tokens, hidden), dtype)
         call.out_y, call.out_stride = out.data_ptr(), out.stride(0) * out.element_size()
         self.out_columns = None
         if request.topk_weights is not None:

@@ -13,6 +13,7 @@ others raise PeerError, every rank has used the same epochs, and the next call w
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from .arguments import Found, check_handle, check_rows, wrong
 from .errors import ArgumentError
 from .handle import LAYOUTS, Handle
 from .layout import RowFormat, counts_bytes, dtype_code
+from .memory import new_tensor
 
 if TYPE_CHECKING:
     from .buffer import Buffer
@@ -201,7 +203,7 @@ class PendingDispatch:
                 and weights.shape == idx.shape
             ):
                 raise wrong("topk_weights", f"float32 {tuple(idx.shape)} on the CPU", weights)
-            weights = weights.detach().contiguous()
+            weights = (weights.detach() if weights.requires_grad else weights).contiguous()
             call.topk_weights = weights.data_ptr()
         idx = idx.contiguous()
         call.topk_idx = idx.data_ptr()
@@ -244,91 +246,66 @@ class PendingDispatch:
         self.buffer.native.receive(self.call, round_idx)
 
     def _allocate(self) -> None:
-        request, call, topology = self.request, self.call, self.buffer.topology
-        handle = request.handle
-        num_ranks, rank = topology.num_ranks, topology.rank
-        totals = list(call.totals)
-        rows = sum(totals)
-        starts = [0] * num_ranks
-        for r in range(1, num_ranks):
-            starts[r] = starts[r - 1] + totals[r - 1]
-        call.row_starts, call.received_rows = starts, [0] * num_ranks
-        slots = -(-call.num_experts // num_ranks)  # L of the first ranks
-        owned = max(0, min(slots, call.num_experts - rank * slots))
-        if handle is not None:
-            self.tokens_per_expert = handle.tokens_per_expert
-            self.recv_tokens, self.positions = handle.recv_tokens, handle.positions
-            places, shape = handle.num_places, handle.place_shape
-            call.positions = handle.positions.data_ptr() if call.expand else 0
-            padded = call.expand
+        request, call, handle = self.request, self.call, self.request.handle
+        capacity = 0
+        if request.layout == "padded" and handle is None:
+            capacity = self.buffer.padded_capacity(request.capacity)
+        if handle is None:
+            slots = -(-call.num_experts // self.buffer.num_ranks)  # experts of the first ranks
+            owned = max(0, min(slots, call.num_experts - self.buffer.rank * slots))
+            self.tokens_per_expert = torch.empty(owned, dtype=torch.int64)
         else:
-            copies = torch.tensor(call.expert_rows, dtype=torch.int64).view(num_ranks, slots)[
-                :, :owned
-            ]
-            self.tokens_per_expert = copies.sum(0)
-            self.recv_tokens = torch.empty(rows, dtype=torch.int32)
-            call.recv_tokens = self.recv_tokens.data_ptr()
-            places, shape, padded = self._place(copies, rows, slots)
-        x = self._new((places, self.hidden), self.dtype, padded)
-        scales = (
-            self._new((places, self.scale_shape[0]), self.scale_shape[1], padded)
-            if self.scale_shape
-            else None
+            self.tokens_per_expert = handle.tokens_per_expert
+        rows, places, copies, fullest = self.buffer.native.place(
+            call, request.alignment, capacity, self.tokens_per_expert.data_ptr()
         )
+        shape: tuple[int, ...] = (places,)
+        padded = call.expand and places != copies
+        if handle is not None:
+            self.recv_tokens, self.positions = handle.recv_tokens, handle.positions
+            places, shape, padded = handle.num_places, handle.place_shape, call.expand
+        else:
+            if capacity:
+                if fullest > capacity:
+                    raise ArgumentError(
+                        f"capacity: expected at least {fullest} rows for the fullest expert of rank "
+                        f"{self.buffer.rank}, got {capacity}"
+                    )
+                shape = (owned, capacity)
+            if not (places < 2**31 and rows < 2**31):
+                raise wrong("x", "fewer than 2^31 received rows", places)
+            self.recv_tokens = torch.empty(rows, dtype=torch.int32)
+            self.positions = no_rows(self.topk)
+            if call.expand:
+                self.positions = new_tensor((rows, self.topk), torch.int32)
+            call.recv_tokens = self.recv_tokens.data_ptr()
+        call.positions = self.positions.data_ptr() if call.expand else 0
+        x = new_tensor((*shape, self.hidden), self.dtype)
         call.out_x = x.data_ptr()
-        call.out_scales = 0 if scales is None else scales.data_ptr()
+        out_x: Any = x
+        if self.scale_shape is not None:
+            scales = new_tensor((*shape, self.scale_shape[0]), self.scale_shape[1])
+            call.out_scales = scales.data_ptr()
+            out_x = (x, scales)
+        if padded:  # rows that nobody writes
+            x.zero_()
+            if self.scale_shape is not None:
+                scales.zero_()
         ids = weights = None
         if handle is None:
-            per_row = () if call.expand else (self.topk,)
+            per_copy = shape if call.expand else (*shape, self.topk)
             if request.layout != "padded":
-                ids = torch.full((places, *per_row), -1, dtype=torch.int64)
+                ids = torch.empty(per_copy, dtype=torch.int64)
                 call.out_ids = ids.data_ptr()
+                if padded:
+                    ids.fill_(-1)
             if request.topk_weights is not None:
-                weights = torch.zeros((places, *per_row), dtype=torch.float32)
+                weights = torch.empty(per_copy, dtype=torch.float32)
                 call.out_weights = weights.data_ptr()
-                weights = weights.view(shape) if call.expand else weights
-        self.held += [x, scales, ids, weights, self.recv_tokens, self.positions]
-        out_x: Any = x.view(*shape, self.hidden)
-        if scales is not None:
-            out_x = (out_x, scales.view(*shape, scales.shape[1]))
-        self.places, self.shape = places, tuple(shape)
+                if padded:
+                    weights.zero_()
+        self.places, self.shape = places, shape
         self.out = (out_x, ids, weights)
-
-    def _place(self, copies: Tensor, rows: int, slots: int) -> tuple[int, tuple[int, ...], bool]:
-        """Where each expert's copies begin; where each source's begin inside. Returns places, shape, any padding."""
-        request, call = self.request, self.call
-        counts = self.tokens_per_expert
-        num_ranks, owned = copies.shape
-        topk = self.topk
-        if request.layout == "rank":
-            self.positions = torch.empty((0, topk), dtype=torch.int32)
-            return rows, (rows,), False
-        self.positions = torch.empty((rows, topk), dtype=torch.int32)
-        call.positions = self.positions.data_ptr()
-        if request.layout == "expert":
-            groups = (counts + request.alignment - 1) // request.alignment * request.alignment
-            offsets = groups.cumsum(0) - groups
-            places = int(groups.sum())
-            shape: tuple[int, ...] = (places,)
-        else:
-            capacity = self.buffer.padded_capacity(request.capacity)
-            if owned and int(counts.max()) > capacity:
-                raise ArgumentError(
-                    f"capacity: expected at least {int(counts.max())} rows for the fullest expert of rank "
-                    f"{self.buffer.rank}, got {capacity}"
-                )
-            offsets = torch.arange(owned) * capacity
-            places, shape = owned * capacity, (owned, capacity)
-        if not (places < 2**31):
-            raise wrong("x", "fewer than 2^31 received rows", places)
-        first = torch.zeros((num_ranks, slots), dtype=torch.int64)
-        first[:, :owned] = offsets + copies.cumsum(0) - copies
-        call.copy_places = first.flatten().tolist()
-        return places, shape, places != int(counts.sum())
-
-    @staticmethod
-    def _new(shape: tuple[int, ...], dtype: torch.dtype, zero: bool) -> Tensor:
-        return torch.zeros(shape, dtype=dtype) if zero else torch.empty(shape, dtype=dtype)
 
     def finish(self) -> Dispatched:
         """After the last round. Raises this rank's error, then the peers'."""
@@ -366,13 +343,23 @@ def error_call(kind: int, text: str, buffer: "Buffer", timeout_s: float | None) 
 def load_forward(call: _engine.Call, handle: Handle, node_ranks: int) -> None:
     at = 0
     for node, count in enumerate(handle.forward_counts):
+        if not count:
+            continue
         tokens, rows = handle.forward_tokens[at : at + count], handle.forward_rows[at : at + count]
         call.set_forward(node, tokens.data_ptr(), rows.data_ptr(), count, node_ranks)
         at += count
 
 
+@functools.cache
+def no_rows(columns: int) -> Tensor:
+    """int32 [0, columns]; [0] for columns = 0."""
+    return torch.empty((0, columns) if columns else 0, dtype=torch.int32)
+
+
 def take_forward(call: _engine.Call, topology) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     counts = tuple(call.forward_size(node) for node in range(topology.num_nodes))
+    if not any(counts):
+        return no_rows(0), no_rows(topology.node_ranks), counts
     tokens = torch.empty(sum(counts), dtype=torch.int32)
     rows = torch.empty((sum(counts), topology.node_ranks), dtype=torch.int32)
     at = 0

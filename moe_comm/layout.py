@@ -15,6 +15,7 @@ Memory for C rows of `row_bytes`: 2·(R + 2(N-1))·C·row for hops="node", 2·(2
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -27,6 +28,7 @@ DTYPE_CODES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3, torch.floa
 _ALIGN = 64
 
 
+@functools.cache
 def dtype_code(dtype: torch.dtype) -> int:
     """Agreed between ranks in every header. Distinguishes all dtypes; the low 4 bits are what csrc adds in."""
     code = DTYPE_CODES.get(dtype)
@@ -67,6 +69,7 @@ class RowFormat:
     row_bytes: int
 
     @classmethod
+    @functools.lru_cache(256)
     def of_dispatch(
         cls, payload_bytes: int, scale_bytes: int, topk: int, *, weights: bool, cached: bool = False
     ) -> "RowFormat":
@@ -82,12 +85,14 @@ class RowFormat:
         )  # fmt: skip
 
     @classmethod
+    @functools.lru_cache(256)
     def of_combine(cls, payload_bytes: int, topk: int, *, columns: bool) -> "RowFormat":
         at = payload_bytes
         weights_at, at = (at, at + 4 * topk) if columns else (0, at)
         return cls(payload_bytes, 0, 0, 0, 0, weights_at, topk, _up(at, ROW_ALIGNMENT))
 
 
+@functools.lru_cache(256)
 def counts_bytes(num_experts: int, num_ranks: int, node_ranks: int, *, by_node: bool) -> int:
     """Bytes between a fresh dispatch's header and rows: uint32 [G, 1 + L] in a link window, [L] in a slot.
 
