@@ -118,7 +118,7 @@ enum HeaderStatus : uint32_t {
 // What every rank must pass alike to one call. Compared field by field, so that an error names the
 // argument.
 struct Agreed {
-  uint32_t num_experts;    // 0 in a combine
+  uint32_t num_experts;
   uint32_t payload_bytes;  // of one row
   uint32_t scale_bytes;    // of one row, 0: none
   uint32_t topk;

@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "engine.hpp"
@@ -97,112 +99,145 @@ SegmentName from_tuple(const NameTuple& t) {
   return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
 }
 
-// A property that takes an address (0: null) and keeps a typed pointer.
-template <typename Class, typename Pointer>
-void pointer(Class& c, const char* name, Pointer Call::* member) {
-  c.def_property(
-      name, [member](const Call& call) { return reinterpret_cast<uintptr_t>(call.*member); },
-      [member](Call& call, uintptr_t address) {
-        call.*member = reinterpret_cast<Pointer>(address);
-      });
-}
-template <typename Class, typename Pointer>
-void source_pointer(Class& c, const char* name, Pointer TokenSource::* member) {
-  c.def_property(
-      name, [member](const Call& call) { return reinterpret_cast<uintptr_t>(call.source.*member); },
-      [member](Call& call, uintptr_t address) {
-        call.source.*member = reinterpret_cast<Pointer>(address);
-      });
+template <typename T>
+T* at(uintptr_t address) {  // 0: null
+  return reinterpret_cast<T*>(address);
 }
 
+// What calls of the same shapes share, checked and computed once.
+struct CallFormat {
+  ExchangeKind kind;
+  RowFormat row;
+  Agreed agreed;
+  uint32_t capacity;
+  bool cached, expand;
+};
+
 void bind_call(py::module_& m) {
+  py::class_<CallFormat>(m, "CallFormat")
+      .def(py::init([](uint32_t kind, const std::array<uint32_t, 8>& row, uint32_t num_experts,
+                       uint32_t dtype, uint32_t flags, uint32_t capacity, bool cached,
+                       bool expand) {
+        const auto [payload, scale, scales_at, token_at, ids_at, weights_at, topk, bytes] = row;
+        const Agreed agreed{num_experts, payload, scale, topk, dtype, bytes, flags, 0, 0};
+        return CallFormat{static_cast<ExchangeKind>(kind),
+                          {payload, scale, scales_at, token_at, ids_at, weights_at, topk, bytes},
+                          agreed,
+                          capacity,
+                          cached,
+                          expand};
+      }))
+      .def_readonly("capacity", &CallFormat::capacity);
   py::class_<Call, std::shared_ptr<Call>> c(m, "Call");
-  c.def(py::init([](uint32_t kind) {
+  c.def(py::init([](const CallFormat& format, double late_s, double silent_s, uint32_t num_nodes,
+                    uint32_t node_ranks, bool own_rows_direct) {
     auto call = std::make_shared<Call>();
-    call->kind = static_cast<ExchangeKind>(kind);
+    call->kind = format.kind;
+    call->format = format.row;
+    call->agreed = format.agreed;
+    call->dtype = static_cast<DType>(format.agreed.dtype);
+    call->num_experts = format.agreed.num_experts;
+    call->capacity = format.capacity;
+    call->cached = format.cached;
+    call->expand = format.expand;
+    call->own_rows_direct = own_rows_direct;
+    call->timeouts.late_s = late_s;
+    call->timeouts.silent_s = silent_s;
+    call->forward_tokens.resize(num_nodes);
+    call->forward_rows.resize(num_nodes);
+    call->forwarded_rows.assign(static_cast<size_t>(num_nodes) * node_ranks, 0);
     return call;
   }));
-  c.def("set_format",
-        [](Call& call, uint32_t payload, uint32_t scale, uint32_t scales_at, uint32_t token_at,
-           uint32_t ids_at, uint32_t weights_at, uint32_t topk, uint32_t row) {
-          call.format = {payload, scale, scales_at, token_at, ids_at, weights_at, topk, row};
-        });
-  c.def("set_agreed", [](Call& call, uint32_t dtype, uint32_t flags, uint64_t identity) {
-    const RowFormat& f = call.format;
-    call.dtype = static_cast<DType>(dtype);
-    call.agreed = {
-        call.num_experts, f.payload_bytes, f.scale_bytes, f.topk, dtype, f.row_bytes, flags, 0,
-        identity};
+  c.def("set_source", [](Call& call, uint32_t num_tokens, uintptr_t x, int64_t x_stride,
+                         uintptr_t topk_idx, uintptr_t topk_weights, uintptr_t lane_rows) {
+    call.num_tokens = num_tokens;
+    call.own_rounds = std::max(1u, (num_tokens + call.capacity - 1) / call.capacity);
+    call.source.x = at<const std::byte>(x);
+    call.source.x_stride = x_stride;
+    call.source.topk_idx = at<const int64_t>(topk_idx);
+    call.source.topk_weights = at<const float>(topk_weights);
+    call.lane_rows = at<int32_t>(lane_rows);
   });
-  c.def("set_timeouts", [](Call& call, double late_s, double silent_s) {
-    call.timeouts.late_s = late_s;
-    call.timeouts.silent_s = silent_s;
+  c.def("set_scales", [](Call& call, uintptr_t scales, int64_t token_stride, int64_t item_stride,
+                         uint32_t item_bytes) {
+    call.source.scales = at<const std::byte>(scales);
+    call.source.scale_stride_token = token_stride;
+    call.source.scale_stride = item_stride;
+    call.source.scale_item_bytes = item_bytes;
+  });
+  // Of the dispatch that a combine or a cached dispatch repeats.
+  c.def("set_handle",
+        [](Call& call, uint64_t number, uintptr_t lane_rows, uintptr_t recv_tokens,
+           uintptr_t positions, std::vector<uint32_t> tokens_of, std::vector<uint32_t> totals) {
+          call.agreed.identity = number;
+          call.lane_rows = at<int32_t>(lane_rows);
+          call.recv_tokens = at<int32_t>(recv_tokens);
+          call.positions = at<int32_t>(positions);
+          call.tokens_of = std::move(tokens_of);
+          call.totals = std::move(totals);
+          if (call.kind == kDispatch) return;
+          uint32_t most = 1;
+          for (const uint32_t tokens : call.tokens_of) most = std::max(most, tokens);
+          call.own_rounds = (most + call.capacity - 1) / call.capacity;
+        });
+  c.def("set_received", [](Call& call, uintptr_t x, uintptr_t scales, uintptr_t ids,
+                           uintptr_t weights, uintptr_t recv_tokens, uintptr_t positions) {
+    call.out_x = at<std::byte>(x);
+    call.out_scales = at<std::byte>(scales);
+    call.out_ids = at<int64_t>(ids);
+    call.out_weights = at<float>(weights);
+    call.recv_tokens = at<int32_t>(recv_tokens);
+    call.positions = at<int32_t>(positions);
+  });
+  c.def("set_results", [](Call& call, uint32_t num_tokens, uintptr_t y, int64_t y_stride,
+                          uintptr_t weights, uintptr_t columns, bool columns_by_place) {
+    call.num_tokens = num_tokens;
+    call.y = at<const std::byte>(y);
+    call.y_stride = y_stride;
+    call.y_weights = at<const float>(weights);
+    call.columns = at<const float>(columns);
+    call.columns_by_place = columns_by_place;
+  });
+  c.def("set_summed", [](Call& call, uintptr_t out, int64_t out_stride, uintptr_t columns,
+                         uintptr_t bias, int64_t bias_stride) {
+    call.out_y = at<std::byte>(out);
+    call.out_stride = out_stride;
+    call.out_columns = at<float>(columns);
+    call.bias = at<const std::byte>(bias);
+    call.bias_stride = bias_stride;
   });
   c.def("set_error",
         [](Call& call, const std::string& text) { call.error = Status(Code::kInvalid, text); });
   c.def_property_readonly("failed", [](const Call& call) { return !call.failure.ok(); });
   c.def("raise_failure", [](const Call& call) { check(call.failure); });
-  c.def("prepare_forward", [](Call& call, uint32_t num_nodes, uint32_t node_ranks) {
-    call.forward_tokens.resize(num_nodes);
-    call.forward_rows.resize(num_nodes);
-    call.forwarded_rows.assign(static_cast<size_t>(num_nodes) * node_ranks, 0);
-  });
   c.def("set_forward", [](Call& call, uint32_t node, uintptr_t tokens, uintptr_t rows,
                           size_t num_rows, uint32_t G) {
-    const auto* t = reinterpret_cast<const int32_t*>(tokens);
-    const auto* r = reinterpret_cast<const int32_t*>(rows);
+    const auto* t = at<const int32_t>(tokens);
+    const auto* r = at<const int32_t>(rows);
     call.forward_tokens[node].assign(t, t + num_rows);
     call.forward_rows[node].assign(r, r + num_rows * G);
   });
-  c.def("forward_size",
-        [](const Call& call, uint32_t node) { return call.forward_tokens[node].size(); });
+  c.def_property_readonly("forward_counts", [](const Call& call) {
+    py::tuple counts(call.forward_tokens.size());
+    for (size_t node = 0; node < call.forward_tokens.size(); ++node) {
+      counts[node] = call.forward_tokens[node].size();
+    }
+    return counts;
+  });
   c.def("copy_forward", [](const Call& call, uint32_t node, uintptr_t tokens, uintptr_t rows) {
     const auto& t = call.forward_tokens[node];
     const auto& r = call.forward_rows[node];
-    std::memcpy(reinterpret_cast<void*>(tokens), t.data(), t.size() * sizeof(int32_t));
-    std::memcpy(reinterpret_cast<void*>(rows), r.data(), r.size() * sizeof(int32_t));
+    std::memcpy(at<void>(tokens), t.data(), t.size() * sizeof(int32_t));
+    std::memcpy(at<void>(rows), r.data(), r.size() * sizeof(int32_t));
   });
-  c.def_readwrite("cached", &Call::cached)
-      .def_readwrite("own_rows_direct", &Call::own_rows_direct)
-      .def_readwrite("capacity", &Call::capacity)
-      .def_readwrite("num_tokens", &Call::num_tokens)
-      .def_readwrite("num_experts", &Call::num_experts)
-      .def_readwrite("expand", &Call::expand)
-      .def_readwrite("own_rounds", &Call::own_rounds)
-      .def_readwrite("num_rounds", &Call::num_rounds)
-      .def_readwrite("tokens_of", &Call::tokens_of)
-      .def_readwrite("totals", &Call::totals)
-      .def_readwrite("columns_by_place", &Call::columns_by_place)
-      .def_readwrite("y_stride", &Call::y_stride)
-      .def_readwrite("bias_stride", &Call::bias_stride)
-      .def_readwrite("out_stride", &Call::out_stride)
+  c.def_readonly("own_rounds", &Call::own_rounds)
+      .def_readonly("num_rounds", &Call::num_rounds)
+      .def_property_readonly("tokens_of",
+                             [](const Call& call) { return py::tuple(py::cast(call.tokens_of)); })
+      .def_property_readonly("totals",
+                             [](const Call& call) { return py::tuple(py::cast(call.totals)); })
       .def_readonly("epochs", &Call::epochs)
       .def_readonly("identity", &Call::identity);
-  c.def_property(
-      "x_stride", [](const Call& call) { return call.source.x_stride; },
-      [](Call& call, int64_t stride) { call.source.x_stride = stride; });
-  c.def("set_scale_strides", [](Call& call, int64_t token, int64_t item, uint32_t item_bytes) {
-    call.source.scale_stride_token = token;
-    call.source.scale_stride = item;
-    call.source.scale_item_bytes = item_bytes;
-  });
-  source_pointer(c, "x", &TokenSource::x);
-  source_pointer(c, "scales", &TokenSource::scales);
-  source_pointer(c, "topk_idx", &TokenSource::topk_idx);
-  source_pointer(c, "topk_weights", &TokenSource::topk_weights);
-  pointer(c, "lane_rows", &Call::lane_rows);
-  pointer(c, "recv_tokens", &Call::recv_tokens);
-  pointer(c, "positions", &Call::positions);
-  pointer(c, "out_x", &Call::out_x);
-  pointer(c, "out_scales", &Call::out_scales);
-  pointer(c, "out_ids", &Call::out_ids);
-  pointer(c, "out_weights", &Call::out_weights);
-  pointer(c, "y", &Call::y);
-  pointer(c, "y_weights", &Call::y_weights);
-  pointer(c, "columns", &Call::columns);
-  pointer(c, "bias", &Call::bias);
-  pointer(c, "out_y", &Call::out_y);
-  pointer(c, "out_columns", &Call::out_columns);
 }
 
 void bind_exchange(py::module_& m) {

@@ -146,27 +146,86 @@ class Engine:
         """Counts since it was made: writes, bytes, immediates, commands, loops, sleeps, dropped_immediates."""
 
 @final
-class Call:
-    """One dispatch (kind 1) or combine (kind 2) in progress: csrc/exchange.hpp. Pointers are addresses, 0: none."""
+class CallFormat:
+    """What calls of the same shapes share. `row`: the eight numbers of a RowFormat, in its order."""
 
-    def __init__(self, kind: int) -> None: ...
-    def set_format(
+    def __init__(
         self,
-        payload: int,
-        scale: int,
-        scales_at: int,
-        token_at: int,
-        ids_at: int,
-        weights_at: int,
-        topk: int,
-        row: int,
+        kind: int,
+        row: Sequence[int],
+        num_experts: int,
+        dtype: int,
+        flags: int,
+        capacity: int,
+        cached: bool,
+        expand: bool,
+        /,
+    ) -> None: ...
+    @property
+    def capacity(self) -> int: ...
+
+@final
+class Call:
+    """One dispatch (kind 1) or combine (kind 2) in progress: csrc/exchange.hpp. Tensors come as addresses (0: none),
+    their strides in bytes; whoever calls keeps them alive."""
+
+    def __init__(
+        self,
+        format: CallFormat,
+        late_s: float,
+        silent_s: float,
+        num_nodes: int,
+        node_ranks: int,
+        own_rows_direct: bool,
+        /,
+    ) -> None: ...
+    def set_source(
+        self,
+        num_tokens: int,
+        x: int,
+        x_stride: int,
+        topk_idx: int,
+        topk_weights: int,
+        lane_rows: int,
+        /,
+    ) -> None: ...
+    def set_scales(
+        self, scales: int, token_stride: int, item_stride: int, item_bytes: int, /
+    ) -> None: ...
+    def set_handle(
+        self,
+        number: int,
+        lane_rows: int,
+        recv_tokens: int,
+        positions: int,
+        tokens_of: Sequence[int],
+        totals: Sequence[int],
+        /,
     ) -> None:
-        """A row's parts in bytes: their lengths and where they begin."""
+        """Of the dispatch that a combine, or a cached dispatch, repeats."""
 
-    def set_agreed(self, dtype: int, flags: int, identity: int) -> None:
-        """What every rank must pass alike; call after `set_format` and `num_experts`."""
+    def set_received(
+        self, x: int, scales: int, ids: int, weights: int, recv_tokens: int, positions: int, /
+    ) -> None:
+        """A dispatch's outputs."""
 
-    def set_timeouts(self, late_s: float, silent_s: float) -> None: ...
+    def set_results(
+        self,
+        num_tokens: int,
+        y: int,
+        y_stride: int,
+        weights: int,
+        columns: int,
+        columns_by_place: bool,
+        /,
+    ) -> None:
+        """A combine's inputs."""
+
+    def set_summed(
+        self, out: int, out_stride: int, columns: int, bias: int, bias_stride: int, /
+    ) -> None:
+        """A combine's outputs, and the bias its sums start from."""
+
     def set_error(self, text: str) -> None:
         """This rank's arguments were wrong: it takes part with no tokens, the others raise PeerError."""
 
@@ -175,7 +234,6 @@ class Call:
     def raise_failure(self) -> None:
         """Raises the first error found in the peers' headers, if any."""
 
-    def prepare_forward(self, num_nodes: int, node_ranks: int) -> None: ...
     def set_forward(
         self,
         node: int,
@@ -187,42 +245,17 @@ class Call:
     ) -> None:
         """Loads a handle's forward table of one node: addresses of int32 [num_rows] and [num_rows, G]."""
 
-    def forward_size(self, node: int) -> int: ...
+    @property
+    def forward_counts(self) -> tuple[int, ...]: ...
     def copy_forward(self, node: int, tokens: int, rows: int) -> None: ...
-    def set_scale_strides(self, token: int, item: int, item_bytes: int) -> None: ...
-
-    cached: bool
-    own_rows_direct: bool
-    expand: bool
-    columns_by_place: bool
-    capacity: int
-    num_tokens: int
-    num_experts: int
-    own_rounds: int
-    num_rounds: int
-    tokens_of: Sequence[int]
-    totals: Sequence[int]
-    x_stride: int
-    y_stride: int
-    bias_stride: int
-    out_stride: int
-    x: int
-    scales: int
-    topk_idx: int
-    topk_weights: int
-    lane_rows: int
-    recv_tokens: int
-    positions: int
-    out_x: int
-    out_scales: int
-    out_ids: int
-    out_weights: int
-    y: int
-    y_weights: int
-    columns: int
-    bias: int
-    out_y: int
-    out_columns: int
+    @property
+    def own_rounds(self) -> int: ...
+    @property
+    def num_rounds(self) -> int: ...
+    @property
+    def tokens_of(self) -> tuple[int, ...]: ...
+    @property
+    def totals(self) -> tuple[int, ...]: ...
     @property
     def identity(self) -> int: ...
     @property

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, float32
 
 from .errors import ArgumentError
 from .handle import Handle
@@ -40,7 +40,7 @@ def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
     """A matrix of rows that can be moved: CPU, 2-D, dense rows of a multiple of 16 bytes, an address of items."""
     if not (isinstance(value, Tensor)):
         raise wrong(name, f"a tensor {shape}", value)
-    if not (value.device.type == "cpu"):
+    if not value.is_cpu:
         raise wrong(name, "a CPU tensor", value)
     if not (value.dim() == 2):
         raise wrong(name, shape, value)
@@ -50,6 +50,18 @@ def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
     if not (value.shape[0] == 0 or value.stride(1) == 1):
         raise wrong(name, "rows that are contiguous", Found(f"strides {value.stride()}"))
     return value.detach() if value.requires_grad else value
+
+
+def check_floats(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    """A float32 CPU tensor of this shape, contiguous in the answer."""
+    if not (
+        isinstance(value, Tensor)
+        and value.dtype is float32
+        and value.is_cpu
+        and value.shape == shape
+    ):
+        raise wrong(name, f"float32 {tuple(shape)} on the CPU", value)
+    return (value.detach() if value.requires_grad else value).contiguous()
 
 
 def check_handle(buffer: "Buffer", handle: Any) -> None:

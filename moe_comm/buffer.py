@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._engine import CallFormat
 from .combine import CombineRequest, PendingCombine
 from .config import Config
 from .dispatch import DispatchRequest, PendingDispatch, wrong
@@ -106,6 +107,7 @@ class Buffer:
         self.serial = opened.serial
         self.group_key = self.group.secret
         self.name = name or f"{self.group.name}/{self.serial}/{self.rank}"
+        self.formats: dict[tuple, CallFormat] = {}  # by shapes and dtypes: dispatch.py, combine.py
         self._lock = threading.RLock()
         self._unhooked: list[tuple[PendingDispatch | PendingCombine, Hook]] = []
         self._counts = {"dispatches": 0, "combines": 0, "rounds": 0}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .arguments import Found, check_handle, check_rows, wrong
-from .dispatch import COMBINE, FLAG_WEIGHTS, error_call, load_forward
+from .arguments import Found, check_floats, check_handle, check_rows, wrong
+from .dispatch import COMBINE, FLAG_WEIGHTS, error_call, load_handle, new_call
 from .errors import ArgumentError
 from .handle import Handle
 from .layout import DTYPE_CODES, RowFormat
@@ -43,17 +43,12 @@ class PendingCombine:
 
     def __init__(self, buffer: "Buffer", request: CombineRequest):
         self.buffer, self.request = buffer, request
-        self.call = _engine.Call(COMBINE)
         self.error: ArgumentError | None = None
-        self.held: list[Any] = []
-        self.call.set_timeouts(*buffer.timeouts(request.timeout_s))
-        self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
+        self.held: tuple[Any, ...] = ()
         try:
             self._prepare()
         except (ArgumentError, TypeError, ValueError, RuntimeError) as error:
             self.refuse(str(error))
-        if self.error is None:
-            load_forward(self.call, request.handle, buffer.topology.node_ranks)
 
     def refuse(self, text: str) -> None:
         """As in dispatch.py."""
@@ -61,114 +56,100 @@ class PendingCombine:
         self.call = error_call(COMBINE, text, self.buffer, self.request.timeout_s)
 
     def _prepare(self) -> None:
-        request, call, handle = self.request, self.call, self.request.handle
-        check_handle(self.buffer, handle)
-        if not (isinstance(request.y, Tensor)):
-            raise wrong("y", "a tensor", request.y)
-        shape = (*handle.place_shape, "H")
-        if not (
-            request.y.dim() == len(shape) and tuple(request.y.shape[:-1]) == handle.place_shape
-        ):
-            raise wrong("y", f"[{', '.join(map(str, shape))}]", request.y)
-        hidden = request.y.shape[-1]
+        request, buffer, handle = self.request, self.buffer, self.request.handle
+        check_handle(buffer, handle)
         y = request.y
-        if y.dim() != 2:  # padded; reshape(-1) cannot guess the rows of nothing
+        if not (isinstance(y, Tensor)):
+            raise wrong("y", "a tensor", y)
+        places = handle.place_shape
+        if not (y.dim() == len(places) + 1 and y.shape[:-1] == places):
+            raise wrong("y", f"[{', '.join(map(str, (*places, 'H')))}]", y)
+        hidden = y.shape[-1]
+        if y.dim() != 2:
             y = y.reshape(handle.num_places, hidden)
         y = check_rows("y", y)
         if y.dtype not in DTYPE_CODES:
             raise wrong("y", "bfloat16, float16, float32 or float64", y)
-        num_tokens, topk = handle.num_tokens, handle.topk
-        self._check_weights(handle)
-        columns = request.topk_weights is not None
-        row = RowFormat.of_combine(hidden * y.element_size(), topk, columns=columns)
-        layout = self.buffer.layout
-        call.num_tokens, call.num_experts = num_tokens, handle.num_experts
-        call.capacity = layout.capacity_for(row.row_bytes, 0)
-        if request.deferred:
-            limit = self.buffer.max_tokens
-            if not (limit is not None and limit <= call.capacity):
-                raise wrong(
-                    "async_op",
-                    f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
-                    Found(f"max_tokens = {limit}"),
-                )
-        call.own_rounds = max(1, -(-max(handle.tokens_of) // call.capacity))
-        call.set_format(row.payload_bytes, 0, 0, 0, 0, row.weights_at, topk, row.row_bytes)
-        call.set_agreed(DTYPE_CODES[y.dtype], FLAG_WEIGHTS if columns else 0, handle.number)
-        call.expand = handle.layout != "rank"
-        # Own results are read where they lie, unless y may change before, or `out` may be the same memory.
-        call.own_rows_direct = not request.deferred and request.out is None
-        call.lane_rows = handle.lane_rows.data_ptr()
-        call.recv_tokens = handle.recv_tokens.data_ptr()
-        call.positions = handle.positions.data_ptr() if call.expand and handle.num_recv_rows else 0
-        call.tokens_of, call.totals = handle.tokens_of, handle.totals
-        self.buffer.native.place(call, 1, 0, 0)
-        call.y, call.y_stride = y.data_ptr(), y.stride(0) * y.element_size()
-        self.held += [y, handle]
-        self._outputs(num_tokens, hidden, y.dtype, topk)
-
-    def _check_weights(self, handle: Handle) -> None:
-        request, call = self.request, self.call
+        weights = columns = bias = None
         if request.weights is not None:
-            weights = request.weights
-            if not (handle.layout != "rank"):
-                raise wrong(
-                    "weights",
-                    "None with layout 'rank' (rows are already summed)",
-                    Found("a tensor"),
-                )
-            if not (
-                isinstance(weights, Tensor)
-                and weights.dtype == torch.float32
-                and weights.device.type == "cpu"
-                and tuple(weights.shape) == handle.place_shape
-            ):
-                raise wrong("weights", f"float32 {handle.place_shape} on the CPU", weights)
-            weights = weights.detach().contiguous()
-            call.y_weights = weights.data_ptr()
-            self.held.append(weights)
+            weights = self._check_weights(handle, request.weights)
         if request.topk_weights is not None:
-            columns = request.topk_weights
-            shape = (
-                handle.place_shape
-                if handle.layout != "rank"
-                else (handle.num_recv_rows, handle.topk)
-            )
-            if not (
-                isinstance(columns, Tensor)
-                and columns.dtype == torch.float32
-                and columns.device.type == "cpu"
-                and tuple(columns.shape) == shape
-            ):
-                raise wrong("topk_weights", f"float32 {shape} on the CPU", columns)
-            columns = columns.detach().contiguous()
-            call.columns, call.columns_by_place = columns.data_ptr(), handle.layout != "rank"
-            self.held.append(columns)
-
-    def _outputs(self, num_tokens: int, hidden: int, dtype: torch.dtype, topk: int) -> None:
-        request, call = self.request, self.call
+            columns = self._check_columns(handle, request.topk_weights)
         if request.bias is not None:
-            bias = check_rows("bias", request.bias)
-            if not (tuple(bias.shape) == (num_tokens, hidden) and bias.dtype == dtype):
-                raise wrong(
-                    "bias", f"{str(dtype).removeprefix('torch.')} {(num_tokens, hidden)}", bias
-                )
-            call.bias, call.bias_stride = bias.data_ptr(), bias.stride(0) * bias.element_size()
-            self.held.append(bias)
+            bias = self._check_summed("bias", request.bias, handle, y)
+        key = (
+            COMBINE,
+            hidden,
+            y.dtype,
+            handle.topk,
+            handle.num_experts,
+            columns is None,
+            handle.layout,
+        )
+        found = buffer.formats.get(key)
+        if found is None:
+            found = buffer.formats[key] = self._format(handle, y, columns is not None)
+        limit = buffer.max_tokens
+        if request.deferred and not (limit is not None and limit <= found.capacity):
+            raise wrong(
+                "async_op",
+                f"window_bytes that hold max_tokens rows for a hook (one round of {found.capacity} rows)",
+                Found(f"max_tokens = {limit}"),
+            )
+        num_tokens = handle.num_tokens
         if request.out is not None:
-            out = check_rows("out", request.out)
-            if not (tuple(out.shape) == (num_tokens, hidden) and out.dtype == dtype):
-                raise wrong(
-                    "out", f"{str(dtype).removeprefix('torch.')} {(num_tokens, hidden)}", out
-                )
+            out = self._check_summed("out", request.out, handle, y)
             self.out = request.out
         else:
-            out = self.out = new_tensor((num_tokens, hidden), dtype)
-        call.out_y, call.out_stride = out.data_ptr(), out.stride(0) * out.element_size()
+            out = self.out = new_tensor((num_tokens, hidden), y.dtype)
         self.out_columns = None
-        if request.topk_weights is not None:
-            self.out_columns = torch.empty((num_tokens, topk), dtype=torch.float32)
-            call.out_columns = self.out_columns.data_ptr()
+        if columns is not None:
+            self.out_columns = torch.empty((num_tokens, handle.topk), dtype=torch.float32)
+        # Own results are read where they lie, unless y may change before, or `out` may be the same memory.
+        direct = not request.deferred and request.out is None
+        call = self.call = new_call(buffer, found, request.timeout_s, direct)
+        load_handle(call, handle, buffer.topology.node_ranks)
+        item = y.element_size()
+        call.set_results(
+            num_tokens, y.data_ptr(), y.stride(0) * item, 0 if weights is None else weights.data_ptr(),
+            0 if columns is None else columns.data_ptr(), handle.layout != "rank",
+        )  # fmt: skip
+        call.set_summed(
+            out.data_ptr(), out.stride(0) * item,
+            0 if self.out_columns is None else self.out_columns.data_ptr(),
+            0 if bias is None else bias.data_ptr(), 0 if bias is None else bias.stride(0) * item,
+        )  # fmt: skip
+        buffer.native.place(call, 1, 0, 0)
+        self.held = (y, handle, weights, columns, bias)
+
+    def _format(self, handle: Handle, y: Tensor, columns: bool) -> _engine.CallFormat:
+        row = RowFormat.of_combine(y.shape[1] * y.element_size(), handle.topk, columns=columns)
+        return _engine.CallFormat(
+            COMBINE, dataclasses.astuple(row), handle.num_experts, DTYPE_CODES[y.dtype], FLAG_WEIGHTS if columns else 0,
+            self.buffer.layout.capacity_for(row.row_bytes, 0), False, handle.layout != "rank",
+        )  # fmt: skip
+
+    @staticmethod
+    def _check_weights(handle: Handle, weights: Any) -> Tensor:
+        if not (handle.layout != "rank"):
+            raise wrong(
+                "weights", "None with layout 'rank' (rows are already summed)", Found("a tensor")
+            )
+        return check_floats("weights", weights, handle.place_shape)
+
+    @staticmethod
+    def _check_columns(handle: Handle, columns: Any) -> Tensor:
+        shape = handle.place_shape
+        if handle.layout == "rank":
+            shape = (handle.num_recv_rows, handle.topk)
+        return check_floats("topk_weights", columns, shape)
+
+    @staticmethod
+    def _check_summed(name: str, value: Any, handle: Handle, y: Tensor) -> Tensor:
+        rows, shape = check_rows(name, value), (handle.num_tokens, y.shape[1])
+        if not (tuple(rows.shape) == shape and rows.dtype == y.dtype):
+            raise wrong(name, f"{str(y.dtype).removeprefix('torch.')} {shape}", rows)
+        return rows
 
     def send(self) -> None:
         self.buffer.native.send(self.call)

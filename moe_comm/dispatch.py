@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .arguments import Found, check_handle, check_rows, wrong
+from .arguments import Found, check_floats, check_handle, check_rows, wrong
 from .errors import ArgumentError
 from .handle import LAYOUTS, Handle
 from .layout import RowFormat, counts_bytes, dtype_code
@@ -76,18 +76,13 @@ class PendingDispatch:
 
     def __init__(self, buffer: "Buffer", request: DispatchRequest):
         self.buffer, self.request = buffer, request
-        self.call = _engine.Call(DISPATCH)
         self.error: ArgumentError | None = None
         self.result: Dispatched | None = None
-        self.held: list[Any] = []  # tensors whose addresses the call knows
-        self.call.set_timeouts(*buffer.timeouts(request.timeout_s))
-        self.call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
+        self.held: tuple[Any, ...] = ()  # tensors whose addresses the call knows
         try:
             self._prepare()
         except (ArgumentError, TypeError, ValueError, RuntimeError) as error:
             self.refuse(str(error))  # whatever is wrong: the peers wait for our header
-        if self.error is None and request.handle is not None:
-            load_forward(self.call, request.handle, buffer.topology.node_ranks)
 
     def refuse(self, text: str) -> None:
         """This rank takes part with no tokens and `text`; `finish` raises it."""
@@ -97,8 +92,8 @@ class PendingDispatch:
     # --- before the first byte ---------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        request, call = self.request, self.call
-        x, scales = request.x, None
+        request, buffer = self.request, self.buffer
+        x, scales, handle = request.x, None, request.handle
         if isinstance(x, (tuple, list)):
             if not (len(x) == 2):
                 raise wrong("x", "a tensor, or a pair (payload, scales)", Found(f"{len(x)} things"))
@@ -106,108 +101,106 @@ class PendingDispatch:
         name = "x" if scales is None else "x[0]"
         x = check_rows(name, x)
         num_tokens, hidden = x.shape
-        scales = self._check_scales(scales, num_tokens)
+        if scales is not None:
+            scales = self._check_scales(scales, num_tokens)
         if request.layout not in LAYOUTS:
             raise wrong("layout", f"one of {LAYOUTS}", request.layout)
         if not (isinstance(request.alignment, int) and request.alignment >= 1):
             raise wrong("alignment", "an int >= 1", request.alignment)
-        if request.layout == "padded" and request.handle is None:
-            capacity = self.buffer.padded_capacity(request.capacity)
+        if request.layout == "padded" and handle is None:
+            capacity = buffer.padded_capacity(request.capacity)
             if not (isinstance(capacity, int) and capacity >= 1):
                 raise wrong("capacity", "an int >= 1", capacity)
-        limit = self.buffer.max_tokens
+        limit = buffer.max_tokens
         if not (limit is None or num_tokens <= limit):
             raise wrong(name, f"at most max_tokens = {limit} tokens", x)
-        if request.handle is not None:
-            topk, num_experts = self._check_cached(request.handle, num_tokens)
+        idx = weights = None
+        if handle is not None:
+            topk, num_experts = self._check_cached(handle, num_tokens)
         else:
             topk, num_experts = self._check_routing(num_tokens)
-        self.hidden, self.dtype, self.topk = hidden, x.dtype, topk
+            assert request.topk_idx is not None
+            idx = request.topk_idx.contiguous()
+            if request.topk_weights is not None:
+                weights = check_floats("topk_weights", request.topk_weights, idx.shape)
+        self.hidden, self.dtype, self.topk, self.num_experts = hidden, x.dtype, topk, num_experts
+        self.expand = request.layout != "rank"
         self.scale_shape = None if scales is None else (scales.shape[1], scales.dtype)
-        call.cached = request.handle is not None
-        call.expand = request.layout != "rank"
-        call.own_rows_direct = not request.deferred
-        scale_bytes = 0 if scales is None else scales.shape[1] * scales.element_size()
-        row = RowFormat.of_dispatch(
-            hidden * x.element_size(),
-            scale_bytes,
-            topk,
-            weights=request.topk_weights is not None,
-            cached=call.cached,
-        )
-        layout = self.buffer.layout
-        counts = 0
-        if not call.cached:
-            counts = counts_bytes(
-                num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node"
-            )
-        call.num_tokens, call.num_experts = num_tokens, num_experts
-        call.capacity = layout.capacity_for(row.row_bytes, counts)
-        if request.deferred and not (limit is not None and limit <= call.capacity):
+        key = (
+            DISPATCH, hidden, x.dtype, self.scale_shape, topk, num_experts, weights is None, handle is None,
+            self.expand,
+        )  # fmt: skip
+        found = buffer.formats.get(key)
+        if found is None:
+            found = buffer.formats[key] = self._format(weights is not None, handle is not None)
+        if request.deferred and not (limit is not None and limit <= found.capacity):
             raise wrong(
                 "async_op",
-                f"window_bytes that hold max_tokens rows for a hook (one round of {call.capacity} rows)",
+                f"window_bytes that hold max_tokens rows for a hook (one round of {found.capacity} rows)",
                 Found(f"max_tokens = {limit}"),
             )
-        call.own_rounds = max(1, -(-num_tokens // call.capacity))
-        call.set_format(
-            row.payload_bytes, row.scale_bytes, row.scales_at, row.token_at, row.ids_at, row.weights_at, topk,
-            row.row_bytes,
+        call = self.call = new_call(buffer, found, request.timeout_s, not request.deferred)
+        if handle is None:
+            self.lane_rows = torch.empty((num_tokens, buffer.native.num_lanes), dtype=torch.int32)
+        else:
+            self.lane_rows = handle.lane_rows
+            load_handle(call, handle, buffer.topology.node_ranks)
+        self.held = (x, scales, idx, weights, handle)
+        call.set_source(
+            num_tokens, x.data_ptr(), x.stride(0) * x.element_size(), 0 if idx is None else idx.data_ptr(),
+            0 if weights is None else weights.data_ptr(), self.lane_rows.data_ptr(),
         )  # fmt: skip
-        flags = FLAG_CACHED if call.cached else FLAG_IDS | (FLAG_WEIGHTS if row.weights_at else 0)
-        number = request.handle.number if request.handle is not None else 0
-        call.set_agreed(dtype_code(x.dtype), flags, number)
-        call.x, call.x_stride = x.data_ptr(), x.stride(0) * x.element_size()
         if scales is not None:
             item = scales.element_size()
-            call.scales = scales.data_ptr()
-            call.set_scale_strides(scales.stride(0) * item, scales.stride(1) * item, item)
-        self.held += [x, scales]
-        if request.handle is None:
-            self.lane_rows = torch.empty(
-                (num_tokens, self.buffer.native.num_lanes), dtype=torch.int32
+            call.set_scales(
+                scales.data_ptr(), scales.stride(0) * item, scales.stride(1) * item, item
             )
-            call.lane_rows = self.lane_rows.data_ptr()
-            self.buffer.native.route(call)  # raises for ids out of range and for an expert twice
-        else:
-            call.lane_rows = request.handle.lane_rows.data_ptr()
-            call.tokens_of, call.totals = request.handle.tokens_of, request.handle.totals
+        if handle is None:
+            buffer.native.route(call)  # raises for ids out of range and for an expert twice
 
-    def _check_scales(self, scales: Any, num_tokens: int) -> Tensor | None:
-        if scales is None:
-            return None
+    def _format(self, weights: bool, cached: bool) -> _engine.CallFormat:
+        layout = self.buffer.layout
+        scale_bytes = (
+            0 if self.scale_shape is None else self.scale_shape[0] * self.scale_shape[1].itemsize
+        )
+        row = RowFormat.of_dispatch(
+            self.hidden * self.dtype.itemsize,
+            scale_bytes,
+            self.topk,
+            weights=weights,
+            cached=cached,
+        )
+        counts = 0
+        if not cached:
+            counts = counts_bytes(
+                self.num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node"
+            )
+        flags = FLAG_CACHED if cached else FLAG_IDS | (FLAG_WEIGHTS if weights else 0)
+        return _engine.CallFormat(
+            DISPATCH, dataclasses.astuple(row), self.num_experts, dtype_code(self.dtype), flags,
+            layout.capacity_for(row.row_bytes, counts), cached, self.expand,
+        )  # fmt: skip
+
+    def _check_scales(self, scales: Any, num_tokens: int) -> Tensor:
         if not (isinstance(scales, Tensor)):
             raise wrong("x[1]", "a tensor of scales [T, S]", scales)
-        if not (scales.device.type == "cpu"):
+        if not scales.is_cpu:
             raise wrong("x[1]", "a CPU tensor", scales)
         if not (scales.dim() == 2 and scales.shape[0] == num_tokens and scales.shape[1] > 0):
             raise wrong("x[1]", f"scales [{num_tokens}, S]", scales)
         return scales.detach()
 
     def _check_routing(self, num_tokens: int) -> tuple[int, int]:
-        request, call = self.request, self.call
-        idx, weights = request.topk_idx, request.topk_weights
+        request = self.request
+        idx = request.topk_idx
         if not (isinstance(idx, Tensor)):
             raise wrong("topk_idx", "a tensor [T, K]", idx)
-        if not (idx.dtype == torch.int64 and idx.dim() == 2 and idx.device.type == "cpu"):
+        if not (idx.dtype is torch.int64 and idx.dim() == 2 and idx.is_cpu):
             raise wrong("topk_idx", "int64 [T, K] on the CPU", idx)
         if not (idx.shape[0] == num_tokens and idx.shape[1] >= 1):
             raise wrong("topk_idx", f"[{num_tokens}, K >= 1]", idx)
         if not (isinstance(request.num_experts, int) and 0 < request.num_experts < 2**31):
             raise wrong("num_experts", "an int >= 1", request.num_experts)
-        if weights is not None:
-            if not (
-                isinstance(weights, Tensor)
-                and weights.dtype == torch.float32
-                and weights.device.type == "cpu"
-                and weights.shape == idx.shape
-            ):
-                raise wrong("topk_weights", f"float32 {tuple(idx.shape)} on the CPU", weights)
-            weights = (weights.detach() if weights.requires_grad else weights).contiguous()
-            call.topk_weights = weights.data_ptr()
-        idx = idx.contiguous()
-        call.topk_idx = idx.data_ptr()
-        self.held += [idx, weights]
         return idx.shape[1], request.num_experts
 
     def _check_cached(self, handle: Handle, num_tokens: int) -> tuple[int, int]:
@@ -248,22 +241,22 @@ class PendingDispatch:
     def _allocate(self) -> None:
         request, call, handle = self.request, self.call, self.request.handle
         capacity = 0
-        if request.layout == "padded" and handle is None:
-            capacity = self.buffer.padded_capacity(request.capacity)
         if handle is None:
-            slots = -(-call.num_experts // self.buffer.num_ranks)  # experts of the first ranks
-            owned = max(0, min(slots, call.num_experts - self.buffer.rank * slots))
+            slots = -(-self.num_experts // self.buffer.num_ranks)  # experts of the first ranks
+            owned = max(0, min(slots, self.num_experts - self.buffer.rank * slots))
             self.tokens_per_expert = torch.empty(owned, dtype=torch.int64)
+            if request.layout == "padded":
+                capacity = self.buffer.padded_capacity(request.capacity)
         else:
             self.tokens_per_expert = handle.tokens_per_expert
         rows, places, copies, fullest = self.buffer.native.place(
             call, request.alignment, capacity, self.tokens_per_expert.data_ptr()
         )
         shape: tuple[int, ...] = (places,)
-        padded = call.expand and places != copies
+        padded = self.expand and places != copies
         if handle is not None:
             self.recv_tokens, self.positions = handle.recv_tokens, handle.positions
-            places, shape, padded = handle.num_places, handle.place_shape, call.expand
+            places, shape, padded = handle.num_places, handle.place_shape, self.expand
         else:
             if capacity:
                 if fullest > capacity:
@@ -276,36 +269,29 @@ class PendingDispatch:
                 raise wrong("x", "fewer than 2^31 received rows", places)
             self.recv_tokens = torch.empty(rows, dtype=torch.int32)
             self.positions = no_rows(self.topk)
-            if call.expand:
+            if self.expand:
                 self.positions = new_tensor((rows, self.topk), torch.int32)
-            call.recv_tokens = self.recv_tokens.data_ptr()
-        call.positions = self.positions.data_ptr() if call.expand else 0
         x = new_tensor((*shape, self.hidden), self.dtype)
-        call.out_x = x.data_ptr()
-        out_x: Any = x
+        scales = ids = weights = None
         if self.scale_shape is not None:
             scales = new_tensor((*shape, self.scale_shape[0]), self.scale_shape[1])
-            call.out_scales = scales.data_ptr()
-            out_x = (x, scales)
-        if padded:  # rows that nobody writes
-            x.zero_()
-            if self.scale_shape is not None:
-                scales.zero_()
-        ids = weights = None
         if handle is None:
-            per_copy = shape if call.expand else (*shape, self.topk)
+            per_copy = shape if self.expand else (places, self.topk)
             if request.layout != "padded":
                 ids = torch.empty(per_copy, dtype=torch.int64)
-                call.out_ids = ids.data_ptr()
-                if padded:
-                    ids.fill_(-1)
             if request.topk_weights is not None:
                 weights = torch.empty(per_copy, dtype=torch.float32)
-                call.out_weights = weights.data_ptr()
-                if padded:
-                    weights.zero_()
+        if padded:  # rows that nobody writes
+            for tensor, filling in ((x, 0), (scales, 0), (ids, -1), (weights, 0)):
+                if tensor is not None:
+                    tensor.fill_(filling)
+        call.set_received(
+            x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if ids is None else ids.data_ptr(),
+            0 if weights is None else weights.data_ptr(), self.recv_tokens.data_ptr(),
+            self.positions.data_ptr() if self.expand else 0,
+        )  # fmt: skip
         self.places, self.shape = places, shape
-        self.out = (out_x, ids, weights)
+        self.out = (x if scales is None else (x, scales), ids, weights)
 
     def finish(self) -> Dispatched:
         """After the last round. Raises this rank's error, then the peers'."""
@@ -314,14 +300,16 @@ class PendingDispatch:
         self.call.raise_failure()
         topology, handle = self.buffer.topology, self.request.handle
         if handle is None:
-            forward_tokens, forward_rows, forward_counts = take_forward(self.call, topology)
+            forward_tokens, forward_rows, forward_counts = take_forward(
+                self.call, topology.node_ranks
+            )
             handle = Handle(
                 group_key=self.buffer.group_key,
                 number=self.call.identity,
                 rank=topology.rank, hops=self.buffer.hops, layout=self.request.layout,
-                num_experts=self.call.num_experts, topk=self.topk,
-                num_tokens=self.call.num_tokens, num_places=self.places, place_shape=self.shape,
-                tokens_of=tuple(self.call.tokens_of), totals=tuple(self.call.totals),
+                num_experts=self.num_experts, topk=self.topk,
+                num_tokens=len(self.lane_rows), num_places=self.places, place_shape=self.shape,
+                tokens_of=self.call.tokens_of, totals=self.call.totals,
                 forward_counts=forward_counts, lane_rows=self.lane_rows, recv_tokens=self.recv_tokens,
                 positions=self.positions, forward_tokens=forward_tokens, forward_rows=forward_rows,
                 tokens_per_expert=self.tokens_per_expert,
@@ -331,16 +319,28 @@ class PendingDispatch:
         return self.result
 
 
+def new_call(
+    buffer: "Buffer", found: _engine.CallFormat, timeout_s: float | None, direct: bool
+) -> _engine.Call:
+    late_s, silent_s = buffer.timeouts(timeout_s)
+    topology = buffer.topology
+    return _engine.Call(found, late_s, silent_s, topology.num_nodes, topology.node_ranks, direct)
+
+
 def error_call(kind: int, text: str, buffer: "Buffer", timeout_s: float | None) -> _engine.Call:
     """A call without tokens whose headers carry an error's text."""
-    call = _engine.Call(kind)
-    call.set_timeouts(*buffer.timeouts(timeout_s))
-    call.prepare_forward(buffer.topology.num_nodes, buffer.topology.node_ranks)
+    nothing = _engine.CallFormat(kind, (0,) * 8, 0, 0, 0, 1, False, False)
+    call = new_call(buffer, nothing, timeout_s, True)
     call.set_error(text)
     return call
 
 
-def load_forward(call: _engine.Call, handle: Handle, node_ranks: int) -> None:
+def load_handle(call: _engine.Call, handle: Handle, node_ranks: int) -> None:
+    """The tables of the dispatch that `call` repeats or answers."""
+    call.set_handle(
+        handle.number, handle.lane_rows.data_ptr(), handle.recv_tokens.data_ptr(),
+        handle.positions.data_ptr() if handle.layout != "rank" else 0, handle.tokens_of, handle.totals,
+    )  # fmt: skip
     at = 0
     for node, count in enumerate(handle.forward_counts):
         if not count:
@@ -356,12 +356,13 @@ def no_rows(columns: int) -> Tensor:
     return torch.empty((0, columns) if columns else 0, dtype=torch.int32)
 
 
-def take_forward(call: _engine.Call, topology) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    counts = tuple(call.forward_size(node) for node in range(topology.num_nodes))
+def take_forward(call: _engine.Call, node_ranks: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """What this rank forwarded, for the handle."""
+    counts = call.forward_counts
     if not any(counts):
-        return no_rows(0), no_rows(topology.node_ranks), counts
+        return no_rows(0), no_rows(node_ranks), counts
     tokens = torch.empty(sum(counts), dtype=torch.int32)
-    rows = torch.empty((sum(counts), topology.node_ranks), dtype=torch.int32)
+    rows = torch.empty((sum(counts), node_ranks), dtype=torch.int32)
     at = 0
     for node, count in enumerate(counts):
         if count:
