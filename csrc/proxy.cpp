@@ -12,6 +12,8 @@ namespace {
 constexpr int kCommandsPerTurn = 64;
 constexpr double kIdleSleep = 0.1;     // seconds; bounds how long a heartbeat can be late
 constexpr double kNapSleep = 0.001;    // where a transport has no wait fd
+constexpr double kParkedNap = 0.0025;  // there, after kNapsUntilParked in which nothing came
+constexpr uint32_t kNapsUntilParked = 500;
 constexpr double kDrainTimeout = 5.0;  // seconds stop() waits for writes in flight
 }  // namespace
 
@@ -293,6 +295,7 @@ void Proxy::body() noexcept {
     }
     if (progress) {
       backoff.reset();
+      naps_ = 0;
     } else if (backoff.should_sleep()) {
       sleep();
     } else {
@@ -542,9 +545,9 @@ void Proxy::sleep() {
     // Nobody tells us when a full queue has room again; nor, without a wait fd, what arrives.
     const bool nap = !with_pending_.empty() ||
                      (wait_fd < 0 && (!peers_.empty() || stats_.immediates.load() > 0));
-    const timespec limit{
-        0, static_cast<long>((nap ? kNapSleep : std::min(kIdleSleep, options_.heartbeat_s * 2)) *
-                             1e9)};
+    double seconds = std::min(kIdleSleep, options_.heartbeat_s * 2);
+    if (nap) seconds = naps_++ < kNapsUntilParked ? kNapSleep : kParkedNap;
+    const timespec limit{0, static_cast<long>(seconds * 1e9)};
     stats_.sleeps.fetch_add(1, std::memory_order_relaxed);
     ppoll(fds, wait_fd >= 0 ? 2 : 1, &limit, nullptr);
   }

@@ -204,6 +204,7 @@ class Proxy {
   ProxyStats stats_;
   FileDescriptor event_;
   std::atomic<bool> sleeping_{false};
+  uint32_t naps_ = 0;  // since something last happened
   std::atomic<bool> slot_lost_{false};
   std::atomic<bool> stop_{false};
   std::atomic<bool> ended_{false};

@@ -57,10 +57,10 @@ struct WriteRequest {
 
 struct Completion {
   enum class Kind {
-    kWriteDone,  // id, status: our write ended; ok = the local bytes may be reused and the peer has
-                 // them
-    kImmediate,  // immediate: a peer's write landed here
-    kPeerReady,  // peer: may be written to
+    kWriteDone,    // id, status: our write ended; ok = the local bytes may be reused (what the peer
+                   // has is said by its immediate and nothing else)
+    kImmediate,    // immediate: a peer's write landed here
+    kPeerReady,    // peer: may be written to
     kPeerRefused,  // peer, status: will never be
     kPeerLost,     // peer, status: was ready and is no more
   };

@@ -21,6 +21,7 @@ from .errors import (
 from .event import Event, Hook
 from .group import EPGroup
 from .handle import Handle
+from .memory import empty_cache
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "TransferEngine",
     "combine",
     "dispatch",
+    "empty_cache",
     "CombineFunction",
     "DispatchFunction",
     "ArgumentError",

@@ -52,6 +52,17 @@ def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
     return value.detach() if value.requires_grad else value
 
 
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices of rows share bytes, or rows of one lie between those of the other."""
+
+    def span(t: Tensor) -> tuple[int, int]:
+        rows = max(0, (t.shape[0] - 1) * t.stride(0) + t.shape[1]) if t.shape[0] else 0
+        return t.data_ptr(), t.data_ptr() + rows * t.element_size()
+
+    (a_from, a_to), (b_from, b_to) = span(a), span(b)
+    return a_from < b_to and b_from < a_to
+
+
 def check_floats(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     """A float32 CPU tensor of this shape, contiguous in the answer."""
     if not (

@@ -137,8 +137,9 @@ class Buffer:
         )
 
     def stats(self) -> dict[str, int]:
-        """Counted at this rank since the Buffer was made: calls, rounds, payload rows and bytes stored inside the node
-        (`_local`) and written to other nodes (`_link`), and messages to other nodes (`writes`)."""
+        """Counted at this rank since the Buffer was made: calls (a backward's too), rounds, payload rows and bytes
+        stored inside the node (`_local`) and written to other nodes (`_link`), and messages to other nodes (`writes`).
+        """
         return {**self._counts, **self.native.stats()}
 
     def timeouts(self, timeout_s: float | None) -> tuple[float, float]:
@@ -223,7 +224,7 @@ class Buffer:
             weights: float32, y's shape without H: each copy is multiplied by its weight (layouts "expert", "padded").
             topk_weights: float32 columns, added without rounding: [rows, K] (layout "rank") or y's shape without H.
             bias: [T, H], where the sum starts.
-            out: [T, H] to write into.
+            out: [T, H] to write into; not y's memory.
 
         Returns: [T, H] of y's dtype; with topk_weights a pair ([T, H], [T, K] float32); with async_op="event" a pair of
         that and an Event; with "hook" a Hook. Order of sums: combine.py. Raises as `dispatch`.

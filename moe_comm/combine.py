@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .arguments import Found, check_floats, check_handle, check_rows, wrong
+from .arguments import Found, check_floats, check_handle, check_rows, overlap, wrong
 from .dispatch import COMBINE, FLAG_WEIGHTS, error_call, load_handle, new_call
 from .errors import ArgumentError
 from .handle import Handle
@@ -99,14 +99,17 @@ class PendingCombine:
         num_tokens = handle.num_tokens
         if request.out is not None:
             out = self._check_summed("out", request.out, handle, y)
+            if overlap(out, y):
+                raise wrong("out", "memory that y does not use", Found("a part of y"))
             self.out = request.out
         else:
             out = self.out = new_tensor((num_tokens, hidden), y.dtype)
         self.out_columns = None
         if columns is not None:
             self.out_columns = torch.empty((num_tokens, handle.topk), dtype=torch.float32)
-        # Own results are read where they lie, unless y may change before, or `out` may be the same memory.
-        direct = not request.deferred and request.out is None
+        direct = (
+            not request.deferred
+        )  # own results are read where they lie, unless y may change before
         call = self.call = new_call(buffer, found, request.timeout_s, direct)
         load_handle(call, handle, buffer.topology.node_ranks)
         item = y.element_size()

@@ -141,6 +141,7 @@ void check_sum(size_t num_items, size_t num_terms, int weighted, bool with_bias,
     Term term{reinterpret_cast<const std::byte*>(row.data()), odd_weight(random), false};
     term.weighted =
         weighted == 2 ? random() % 2 : weighted;  // the weight of an unweighted term means nothing
+    if (random() % 2) term.next = term.row;       // what is fetched changes nothing
     terms.push_back(term);
   }
   for (Item& item : bias) item = odd_item<Of>(random);
@@ -243,6 +244,20 @@ void columns() {
 }
 
 // --- rows ----------------------------------------------------------------------------------------
+
+void rows_are_copied() {
+  Random random(11);
+  for (size_t num_bytes = 0; num_bytes <= 272; num_bytes += 16) {
+    std::vector<std::byte> from(2 * num_bytes), to(num_bytes + 2, std::byte{0x5a});
+    for (std::byte& b : from) b = static_cast<std::byte>(random());
+    for (const bool next : {false, true}) {
+      std::fill(to.begin(), to.end(), std::byte{0x5a});
+      copy_row(to.data() + 1, from.data(), num_bytes, next ? from.data() + num_bytes : nullptr);
+      CHECK(std::equal(from.begin(), from.begin() + static_cast<long>(num_bytes), to.begin() + 1));
+      CHECK(to.front() == std::byte{0x5a} && to.back() == std::byte{0x5a}, "outside the row");
+    }
+  }
+}
 
 void rows_are_written() {
   Random random(6);
@@ -407,6 +422,7 @@ int main(int argc, char** argv) {
                      {"every_float16", every_half<Half>},
                      {"every_bfloat16", every_half<Bfloat>},
                      {"columns", columns},
+                     {"rows_are_copied", rows_are_copied},
                      {"rows_are_written", rows_are_written},
                      {"routes", routes},
                      {"wrong_routes_are_named", wrong_routes_are_named}});

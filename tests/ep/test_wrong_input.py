@@ -45,6 +45,12 @@ def with_handle(change):
     return call
 
 
+def out_in_y(args, buffer):
+    y, tokens = args["y"], args["handle"].num_tokens
+    both = torch.zeros(len(y) + tokens - 1, y.shape[1], dtype=y.dtype)
+    args.update(y=both[: len(y)], out=both[len(y) - 1 :])  # one row in common
+
+
 DISPATCHES = {
     "dtype of topk_idx": (wrong_x(topk_idx=lambda i: i.int()), "topk_idx: expected int64"),
     "shape of topk_idx": (wrong_x(topk_idx=lambda i: i[:-1]), "topk_idx: expected [3, K"),
@@ -68,6 +74,7 @@ DISPATCHES = {
 }  # fmt: skip
 
 COMBINES = {
+    "out in y": (with_handle(out_in_y), "out: expected memory that y does not use, got a part of y"),
     "rows": (with_handle(lambda a, b: a.update(y=a["y"][:-1])), "y: expected"),
     "dtype of y": (with_handle(lambda a, b: a.update(y=a["y"].to(torch.int16))), "y: expected bfloat16"),
     "handle": (with_handle(lambda a, b: a.update(handle=3)), "handle: expected a Handle"),
