@@ -25,8 +25,23 @@ from .protocol import BenchError, Case, Pace, machine, measure, record
 
 FABRIC = "fabric:tcp;ofi_rxm"
 GLOO_COPIES = 4.5  # of its T x K rows that the program holds at once
+WINDOW_BYTES = 512 << 20  # of a Buffer, at most (moe_comm/config.py)
+MEMORY_SHARE = 0.8  # of what is available; methods are alive at the same time
 
 Message = dict[str, Any]  # of rank 0 to whoever reports: progress, a note, records
+
+
+@dataclasses.dataclass(frozen=True)
+class Factory:
+    """A method that could be measured. `make` raises BenchError where it cannot run; `need`: bytes in every rank."""
+
+    name: str
+    layout: str
+    make: Callable[[], Method]
+    need: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.layout}"
 
 
 @dataclasses.dataclass
@@ -55,27 +70,57 @@ class Session:
         pretend = self.hosts == 1 and self.ranks.num_ranks % half == 0
         return [(n, half if pretend and n.startswith("fabric:") else 0) for n in names]
 
-    def factories(self, case: Case, setting: Setting) -> list[tuple[str, Callable[[], Method]]]:
-        """(name, constructor) of everything asked for. A constructor raises BenchError where its method cannot run."""
+    def factories(self, case: Case, setting: Setting) -> list["Factory"]:
+        """Everything asked for."""
         o = self.options
-        made: list[tuple[str, Callable[[], Method]]] = []
+        made: list[Factory] = []
+        once = int(case.rows_per_rank * case.row_bytes)  # one row for each (token, rank)
+        copies = case.tokens * case.topk * case.row_bytes
         for name, per_node in self.transports if "moe_comm" in o.methods else []:
             for layout in o.layouts:
                 if layout == "rank" or name == "shm" or o.layouts == ["expert"]:
-                    make = functools.partial(MoeComm, setting, name, per_node, layout)
-                    made.append(
-                        (f"moe_comm {name} {layout}", functools.partial(self._with, name, make))
-                    )
+                    method = functools.partial(MoeComm, setting, name, per_node, layout)
+                    need = min(4 * once, WINDOW_BYTES) + 3 * (once if layout == "rank" else copies)
+                    make = functools.partial(self._with, name, method)
+                    made.append(Factory(f"moe_comm {name}", layout, make, need))
         if "gloo" in o.methods:
-            made.append(("gloo", functools.partial(self._gloo, case, setting)))
+            gloo = functools.partial(GlooProgram, setting)
+            made.append(Factory("gloo", "rank", gloo, int(GLOO_COPIES * copies)))
         if "mpi" in o.methods:
-            made.append(("mpi", functools.partial(self._mpi, setting)))
+            mpi = functools.partial(self._mpi, setting)
+            made.append(Factory("mpi", "rank", mpi, 3 * once))
         if "floor" in o.methods:
             for layout in o.layouts:
-                made.append((f"floor {layout}", functools.partial(self._floor, setting, layout)))
+                floor = functools.partial(self._floor, setting, layout)
+                need = 3 * once if layout == "rank" else 2 * once + copies
+                made.append(Factory("floor", layout, floor, need))
         if "deep_ep" in o.methods:
-            made.append(("deep_ep", functools.partial(self._deep_ep, setting)))
+            made.append(
+                Factory("deep_ep", "rank", functools.partial(self._deep_ep, setting), 3 * once)
+            )
         return made
+
+    def fitting(self, made: list["Factory"]) -> list["Factory"]:
+        """Those that memory holds at the same time, by layout "rank" and the floor first. Collective."""
+        available = 0
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                available = int(line.split()[1]) * 1024
+        local_ranks = -(-self.ranks.num_ranks // self.hosts)
+        left = min(self.ranks.gather(int(MEMORY_SHARE * available / local_ranks)))
+        fit = []
+        for factory in sorted(made, key=lambda f: (f.layout == "expert", f.name != "floor")):
+            if factory.need <= left:
+                left -= factory.need
+                fit.append(factory)
+            else:
+                self.say(
+                    {
+                        "note": f"left out: {factory}: needs {factory.need / 1e9:.1f} GB more memory "
+                        "in every rank"
+                    }
+                )
+        return [factory for factory in made if factory in fit]
 
     def _with(self, transport: str, make: Callable[[], Method]) -> Method:
         missing = {t["name"]: t["reason"] for t in _engine.transports() if not t["available"]}
@@ -83,20 +128,6 @@ class Session:
         if transport != "auto" and (transport in missing or transport not in known):
             raise BenchError(missing.get(transport) or "this engine has no such transport")
         return make()
-
-    def _gloo(self, case: Case, setting: Setting) -> Method:
-        need = (
-            GLOO_COPIES
-            * case.tokens
-            * case.topk
-            * case.row_bytes
-            * self.ranks.num_ranks
-            / self.hosts
-        )
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable") and int(line.split()[1]) * 1024 < need:
-                raise BenchError(f"its copies need {need / 1e9:.1f} GB of memory")
-        return GlooProgram(setting)
 
     def _mpi(self, setting: Setting) -> Method:
         if not self.world.has_mpi:
@@ -125,15 +156,15 @@ class Session:
         """All methods that run here, checked against the reference. Collective."""
         setting = Setting.make(case, self.ranks.rank, self.group)
         methods: list[Method] = []
-        for name, make in self.factories(case, setting):
+        for factory in self.fitting(self.factories(case, setting)):
             method, reason = None, None
             try:
-                method = make()
+                method = factory.make()
             except (BenchError, moe_comm.MoeCommError, OSError) as error:
                 reason = str(error) or type(error).__name__
             reasons = [r for r in self.ranks.gather(reason) if r is not None]
             if reasons:
-                self.say({"note": f"left out: {name}: {reasons[0]}"})
+                self.say({"note": f"left out: {factory}: {reasons[0]}"})
             if method is not None and not reasons:
                 method.check()
                 methods.append(method)
@@ -154,6 +185,7 @@ class Session:
         finally:
             for method in methods:
                 method.close()
+            moe_comm.empty_cache()
         facts = {method.label: method.facts for method in methods}
         records = []
         for (label, operation), taken in times.items():
