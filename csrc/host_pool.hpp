@@ -2,7 +2,8 @@
 //
 // torch's CPU allocator hands large blocks back to the system, so that every result of a new call
 // is paid for page by page (measured: 2 us for each 4 KiB page, as much as all copies of a dispatch
-// of 1024 tokens).
+// of 1024 tokens). Blocks in use and kept together never take more than were once in use at a time;
+// what was freed longest ago goes back to the system first.
 #pragma once
 
 #include <cstddef>
@@ -25,9 +26,7 @@ class HostBlock {
   size_t size_, granted_;
 };
 
-// Bytes kept for later results, at most kKeptBytes in a process.
-inline constexpr size_t kKeptBytes = size_t{1} << 30;
-size_t kept_host_bytes();
-void release_kept_host_memory();  // gives them all back to the system
+size_t kept_host_bytes();  // that wait for later results
+void release_kept_host_memory();
 
 }  // namespace moe_comm

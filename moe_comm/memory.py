@@ -1,7 +1,7 @@
 """Memory of results: torch tensors over blocks that the engine keeps for the next call (csrc/host_pool.hpp).
 
 A result is an ordinary tensor that its caller owns for as long as he likes; its block returns to the pool when the last
-tensor over it is gone. At most 1 GiB that nobody uses is kept in a process; `empty_cache` gives it back.
+over it is gone. Used and kept together never exceed what was once in use at a time; `empty_cache` empties it.
 """
 
 import math

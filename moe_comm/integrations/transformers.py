@@ -9,7 +9,7 @@ weights, and a function that runs this rank's experts. Here that becomes one dis
   gather rows * K slots of which most are sentinels, and GptOss with eager experts rejects them: hence the default.
 - A rank that receives no row runs one dummy row, so every rank has the same graph and FSDP reduces the same things.
 Expert gradients come back summed over all tokens of the group; the others are the caller's (`all_reduce_gradients`).
-Expert parameters are DTensors, the rest is not, and torch's fused loops take no mixture: `foreach=False` for optimizers.
+Expert parameters are DTensors and the rest is not: optimizers need `foreach=False` (torch fuses no such mixture).
 """
 
 from __future__ import annotations

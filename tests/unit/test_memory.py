@@ -59,9 +59,18 @@ def test_calls_of_about_the_same_size_share_blocks():
 
 
 def test_what_is_kept_is_bounded_and_given_back():
-    tensors = [new_tensor((96 << 20,), torch.uint8) for _ in range(12)]  # untouched: no memory yet
+    big = 64 << 20  # untouched: no memory yet
+    tensors = [new_tensor((big,), torch.uint8) for _ in range(3)]
     del tensors
-    assert (900 << 20) < memory.kept_bytes() <= 1 << 30
+    assert memory.kept_bytes() == 3 * big
+    other = new_tensor(
+        (big + big // 2,), torch.uint8
+    )  # of another size: two of the three make room
+    assert memory.kept_bytes() == big
+    another = new_tensor((big,), torch.uint8)
+    assert memory.kept_bytes() == 0
+    del other, another
+    assert memory.kept_bytes() == 2 * big + big // 2
     moe_comm.empty_cache()
     assert memory.kept_bytes() == 0
 
