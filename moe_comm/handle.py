@@ -48,7 +48,8 @@ class Handle:
         return sum(self.totals)
 
     def to_tensors(self) -> list[Tensor]:
-        """For `torch.library` and `save_for_backward`: a list of tensors that `from_tensors` reads."""
+        """For `torch.library` and `save_for_backward`: a list of tensors that `from_tensors` reads. No two are the same,
+        as an op may not return one tensor twice; empty tables are shared otherwise."""
         numbers = [
             self.group_key, self.number, self.rank, HOPS.index(self.hops), LAYOUTS.index(self.layout),
             self.num_experts, self.topk, self.num_tokens, self.num_places,
@@ -56,10 +57,12 @@ class Handle:
             len(self.tokens_of), *self.tokens_of, len(self.totals), *self.totals,
             len(self.forward_counts), *self.forward_counts,
         ]  # fmt: skip
-        return [
-            torch.tensor(numbers, dtype=torch.int64), self.lane_rows, self.recv_tokens, self.positions,
-            self.forward_tokens, self.forward_rows, self.tokens_per_expert,
-        ]  # fmt: skip
+        tables = (
+            self.lane_rows, self.recv_tokens, self.positions, self.forward_tokens, self.forward_rows,
+            self.tokens_per_expert,
+        )  # fmt: skip
+        own = [table if table.numel() else table.new_empty(table.shape) for table in tables]
+        return [torch.tensor(numbers, dtype=torch.int64), *own]
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> "Handle":

@@ -60,6 +60,26 @@ struct Endpoint {  // at offset 0 of the segment
   ImmediateRing rings[kMaxPeers];
 };
 
+// Completions until they are polled. Its memory is used again: polling allocates nothing.
+class Queue {
+ public:
+  bool empty() const { return first_ == items_.size(); }
+  size_t size() const { return items_.size() - first_; }
+  void push_back(Completion item) { items_.push_back(std::move(item)); }
+  Completion take() {
+    Completion item = std::move(items_[first_++]);
+    if (first_ > items_.size() / 2) {  // each item is moved once at most, on the average
+      items_.erase(items_.begin(), items_.begin() + static_cast<ptrdiff_t>(first_));
+      first_ = 0;
+    }
+    return item;
+  }
+
+ private:
+  std::vector<Completion> items_;
+  size_t first_ = 0;
+};
+
 template <typename T>
 std::atomic_ref<T> at(T& value) {
   return std::atomic_ref<T>(value);
@@ -280,8 +300,7 @@ class ShmTransport final : public Transport {
   size_t take_done(std::span<Completion> out) {
     size_t n = 0;
     while (n < out.size() && !done_.empty()) {
-      out[n++] = std::move(done_.front());
-      done_.pop_front();
+      out[n++] = done_.take();
     }
     return n;
   }
@@ -440,7 +459,7 @@ class ShmTransport final : public Transport {
   SharedSegment segment_;
   FileDescriptor pipe_read_, pipe_write_;
   std::deque<Peer> peers_;
-  std::deque<Completion> done_;
+  Queue done_;
   uint32_t seen_hellos_ = 0, num_slots_ = 0, pending_hellos_ = 0;
   bool armed_ = false;
   Clock::time_point last_liveness_ = Clock::now();

@@ -10,13 +10,13 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .compile import compile_cpp
 from .methods import Method, Setting, same
-from .protocol import Loop
 
 SOURCE = Path(__file__).parents[2] / "bench" / "copy_floor.cpp"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-ffp-contract=off")
@@ -113,7 +113,8 @@ class CopyFloor(Method):
     def dispatch(self) -> None:
         self.library.floor_dispatch(ctypes.byref(self.tables))
 
-    def combine(self) -> None:
+    def combine(self, y: Any = None) -> None:
+        """Of `rows`, where they lie."""
         self.library.floor_combine(ctypes.byref(self.tables))
 
     def check(self) -> None:
@@ -124,13 +125,6 @@ class CopyFloor(Method):
         self.combine()
         expected = s.combined(self.layout, self.layout == "expert")
         same(self.label, "combine", self.out[:, s.columns], expected)
-
-    def loops(self) -> list[Loop]:
-        return [
-            Loop(self.label, ("dispatch",), (self.dispatch,)),
-            Loop(self.label, ("combine",), (self.combine,)),
-            Loop(self.label, ("both",), (self.dispatch, self.combine)),
-        ]
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -85,14 +85,31 @@ class Method:
 
     label = ""
     facts: dict[str, Any]
+    rows: Any = None
 
     def check(self) -> None:
         """Compares with the reference. Collective. Raises BenchError."""
         raise NotImplementedError
 
+    def dispatch(self) -> None:
+        """Leaves what was received in `rows`."""
+        raise NotImplementedError
+
+    def combine(self, y: Any) -> Any:
+        raise NotImplementedError
+
     def loops(self) -> list[Loop]:
         """What can be measured; operations dispatch, combine, both, and the halves."""
-        raise NotImplementedError
+        self.dispatch()
+
+        def combine() -> None:
+            self.combine(self.rows)
+
+        return [
+            Loop(self.label, ("dispatch",), (self.dispatch,)),
+            Loop(self.label, ("combine",), (combine,)),
+            Loop(self.label, ("both",), (self.dispatch, combine)),
+        ]
 
     def close(self) -> None:
         pass
@@ -229,18 +246,6 @@ class GlooProgram(Method):
             self.label, "combine", out, s.combined("expert", True), 2**-6
         )  # it adds K terms in bf16
 
-    def loops(self) -> list[Loop]:
-        self.dispatch()
-
-        def combine() -> None:
-            self.combine(self.rows)
-
-        return [
-            Loop(self.label, ("dispatch",), (self.dispatch,)),
-            Loop(self.label, ("combine",), (combine,)),
-            Loop(self.label, ("both",), (self.dispatch, combine)),
-        ]
-
 
 class MpiAlltoallv(Method):
     """Needs ranks that mpiexec started (launch.py). Rank numbers are MPI's."""
@@ -323,15 +328,3 @@ class DeepEp(Method):
         same(self.label, "dispatch", self.rows.cpu()[:, s.columns], s.reference["rank"].x[s.rank])
         out = self.combine(self.rows * s.scale(s.rank)).cpu()[:, s.columns]
         same(self.label, "combine", out, s.combined("rank", False), 2**-7)
-
-    def loops(self) -> list[Loop]:
-        self.dispatch()
-
-        def combine() -> None:
-            self.combine(self.rows)
-
-        return [
-            Loop(self.label, ("dispatch",), (self.dispatch,)),
-            Loop(self.label, ("combine",), (combine,)),
-            Loop(self.label, ("both",), (self.dispatch, combine)),
-        ]

@@ -76,3 +76,17 @@ def test_two_micro_batches_combined_crosswise(run_threads):
             assert same(buffer.combine(one.x, one.handle), combined(a, "node")[rank])
 
     run_threads(body, 4, **OPTIONS)
+
+
+def test_an_op_never_returns_one_tensor_twice(run_threads):
+    """Empty tables (here those of a forwarder and of copies, K = G = 2) are shared by handles, not by what an op returns."""
+    case = make_case(2, topk=2, num_experts=8, tokens=[3, 2])
+
+    def body(buffer, rank):
+        handle = dispatch(buffer, case, rank).handle
+        assert handle.positions is handle.forward_rows
+        once, again = handle.to_tensors(), handle.to_tensors()
+        empty = [t for t in (*once, *again) if not t.numel()]
+        assert len(empty) == 6 and len({id(t) for t in empty}) == 6
+
+    run_threads(body, 2, hidden=64, topk=2, num_experts=8)
