@@ -48,8 +48,8 @@ class Handle:
         return sum(self.totals)
 
     def to_tensors(self) -> list[Tensor]:
-        """For `torch.library` and `save_for_backward`: a list of tensors that `from_tensors` reads. No two are the same,
-        as an op may not return one tensor twice; empty tables are shared otherwise."""
+        """For `torch.library` and `save_for_backward`: a list of tensors that `from_tensors` reads. No two are the
+        same, as an op may not return one tensor twice; empty tables are shared otherwise."""
         numbers = [
             self.group_key, self.number, self.rank, HOPS.index(self.hops), LAYOUTS.index(self.layout),
             self.num_experts, self.topk, self.num_tokens, self.num_places,

@@ -79,7 +79,7 @@ def test_two_micro_batches_combined_crosswise(run_threads):
 
 
 def test_an_op_never_returns_one_tensor_twice(run_threads):
-    """Empty tables (here those of a forwarder and of copies, K = G = 2) are shared by handles, not by what an op returns."""
+    """Empty tables are shared by handles (a forwarder's and that of copies: K = G = 2), never by what an op returns."""
     case = make_case(2, topk=2, num_experts=8, tokens=[3, 2])
 
     def body(buffer, rank):
