@@ -62,7 +62,7 @@ struct Completion {
     kImmediate,    // immediate: a peer's write landed here
     kPeerReady,    // peer: may be written to
     kPeerRefused,  // peer, status: will never be
-    kPeerLost,     // peer, status: was ready and is no more
+    kPeerLost,     // peer, status: was ready and is no more; after the immediates of all it wrote
   };
   Kind kind{};
   PeerId peer{};

@@ -13,7 +13,6 @@ How an exchange works (the rest is in dispatch.py, combine.py, csrc/exchange.hpp
   fault is kept, and every later call raises it.
 """
 
-import atexit
 import contextlib
 import threading
 import weakref
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import lifetime
 from ._engine import CallFormat
 from .combine import CombineRequest, PendingCombine
 from .config import Config
@@ -34,6 +34,7 @@ from .handle import HOPS, Handle
 from .layout import RowFormat, WindowLayout
 
 CLOSE_TIMEOUT_S = 5.0
+UNREFERENCED_TIMEOUT_S = 1.0  # of a Buffer that nobody closed
 MAX_UNHOOKED = 2
 
 _buffers: "weakref.WeakValueDictionary[str, Buffer]" = weakref.WeakValueDictionary()
@@ -75,7 +76,7 @@ class Buffer:
         timeout_s: float | None = None,
         name: str | None = None,
     ):
-        self._closed = True  # until everything stands
+        self._end: str | None = "was never opened"  # why it cannot be used
         if hops not in HOPS:
             raise wrong("hops", f"one of {HOPS}", hops)
         self.group = EPGroup.of(group)
@@ -111,8 +112,9 @@ class Buffer:
         self._lock = threading.RLock()
         self._unhooked: list[tuple[PendingDispatch | PendingCombine, Hook]] = []
         self._counts = {"dispatches": 0, "combines": 0, "rounds": 0}
-        self._closed = False
+        self._end = None
         _buffers[self.name] = self
+        lifetime.opened(self)
 
     # --- what it is ----------------------------------------------------------------------------------
 
@@ -311,8 +313,8 @@ class Buffer:
         self._counts["rounds"] += rounds
 
     def _check_usable(self) -> None:
-        if self._closed:
-            raise ClosedError(f"Buffer {self.name!r} was closed")
+        if self._end:
+            raise ClosedError(f"Buffer {self.name!r} {self._end}")
         self.native.raise_fault()
 
     # --- end -----------------------------------------------------------------------------------------
@@ -322,12 +324,18 @@ class Buffer:
 
         A peer that still waits for this rank raises PeerLost at once.
         """
-        if self._closed:
+        if self._end:
             return
         with self._lock:
-            self._closed = True
+            self._end = "was closed"
             self._unhooked.clear()
             self.native.close(timeout_s)
+
+    def leave_to_parent(self) -> list[object]:
+        """See lifetime.py."""
+        self._end = "belongs to the process this one was forked from: make another in this one"
+        self._lock = threading.RLock()  # a thread of the parent may hold the old one
+        return [self.native, self.engine]
 
     def __enter__(self) -> "Buffer":
         return self
@@ -337,7 +345,7 @@ class Buffer:
 
     def __del__(self) -> None:
         with contextlib.suppress(MoeCommError):
-            self.close(0.0)
+            self.close(UNREFERENCED_TIMEOUT_S)
 
 
 class _Faults:
@@ -362,10 +370,3 @@ def buffer_named(name: str) -> Buffer:
     if found is None:
         raise ArgumentError(f"buffer: no living Buffer is called {name!r}")
     return found
-
-
-@atexit.register
-def _close_all() -> None:
-    for buffer in list(_buffers.values()):
-        with contextlib.suppress(MoeCommError):
-            buffer.close(1.0)

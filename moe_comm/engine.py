@@ -24,21 +24,19 @@ Over "shm" memory made by `empty` is written by plain stores; other memory by a 
 some machines forbid between processes (the error says so).
 """
 
-import atexit
 import contextlib
 import dataclasses
 import os
 import secrets
 import socket
 import threading
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _engine, config
+from . import _engine, config, lifetime
 from .arguments import describe
 from .arguments import expect as require
 from .errors import ArgumentError, ClosedError, MoeCommError, PeerTimeout
@@ -52,8 +50,6 @@ from .writes import Pages, Write, check_pages, check_peer, check_target, check_w
 CLOSE_TIMEOUT_S = 5.0  # of writes under way
 GOODBYE_TIMEOUT_S = 1.0
 KEPT_TRANSFERS = 64  # unfinished ones are looked through when there are so many
-
-_engines: "weakref.WeakSet[TransferEngine]" = weakref.WeakSet()
 
 
 class TransferEngine:
@@ -145,7 +141,7 @@ class TransferEngine:
             self._native = None  # its destructor ends the thread
             raise
         self._address = dataclasses.replace(mine, inbox=self._mailbox.descriptor).pack()
-        _engines.add(self)
+        lifetime.opened(self)
 
     # --- what it is --------------------------------------------------------------------------------
 
@@ -516,6 +512,13 @@ class TransferEngine:
         if error is not None:
             raise error
 
+    def leave_to_parent(self) -> list[object]:
+        """See lifetime.py."""
+        native, self._native = self._native, None
+        self._closing = True
+        self._lock = threading.RLock()  # a thread of the parent may hold the old one
+        return [] if native is None else [native]
+
     def __enter__(self) -> "TransferEngine":
         return self
 
@@ -575,10 +578,3 @@ class PeerGroup:
 
     def __getitem__(self, index: int) -> Peer:
         return self.peers[index]
-
-
-@atexit.register
-def _close_all() -> None:
-    for engine in list(_engines):
-        with contextlib.suppress(MoeCommError):
-            engine.close()

@@ -42,13 +42,20 @@ class ChaosTransport final : public Transport {
     if (!chance(3)) release_some();
     Completion fresh[32];
     const size_t n = inner_->poll(fresh, arm && held_.empty());
-    for (size_t i = 0; i < n; ++i) ready_.push_back(std::move(fresh[i]));
+    for (size_t i = 0; i < n; ++i) {
+      auto& to = fresh[i].kind == Completion::Kind::kPeerLost ? lost_ : ready_;
+      to.push_back(std::move(fresh[i]));
+    }
     size_t given = 0;
     while (given < out.size() && !ready_.empty() && !chance(4)) {
       const size_t pick = random_() % ready_.size();
       out[given++] = std::move(ready_[pick]);
       ready_[pick] = std::move(ready_.back());
       ready_.pop_back();
+    }
+    while (given < out.size() && ready_.empty() && !lost_.empty()) {  // after what it wrote
+      out[given++] = std::move(lost_.back());
+      lost_.pop_back();
     }
     if (given == 0 && arm &&
         (!held_.empty() || !ready_.empty())) {  // nothing may be left waiting while asleep
@@ -84,7 +91,7 @@ class ChaosTransport final : public Transport {
   Info info_;
   std::mt19937_64 random_;
   std::vector<WriteRequest> held_;
-  std::vector<Completion> ready_;
+  std::vector<Completion> ready_, lost_;
 };
 
 }  // namespace

@@ -184,12 +184,11 @@ class ShmTransport final : public Transport {
 
   Status post_write(const WriteRequest& request) override {
     Peer& peer = peers_[static_cast<uint32_t>(request.peer)];
+    if (peer.state == Peer::kEnded) return Status::again();  // poll() will say that it is lost
     if (peer.state != Peer::kReady)
       return {Code::kPeerLost, "write to a peer that is not connected"};
     Endpoint& endpoint = *reinterpret_cast<Endpoint*>(peer.endpoint.data());
-    if (at(endpoint.closed).load(std::memory_order_acquire)) {
-      return {Code::kPeerLost, "the peer closed its endpoint"};
-    }
+    if (at(endpoint.closed).load(std::memory_order_acquire)) return Status::again();  // so here
     ImmediateRing& ring = endpoint.rings[peer.slot];
     const uint64_t pushed = at(ring.pushed).load(std::memory_order_relaxed);
     if (done_.size() >= kRingSlots ||
@@ -228,15 +227,16 @@ class ShmTransport final : public Transport {
     }
     size_t n = take_done(out);
     answer_hellos();
-    n += take_immediates(out.subspan(n));
-    if (pending_hellos_ > 0) watch_hellos();
     if (seconds_since(last_liveness_) > kLivenessInterval) watch_processes();
+    n += take_immediates(out.subspan(n));
+    if (n < out.size()) report_lost();
+    if (pending_hellos_ > 0) watch_hellos();
     return n + take_done(out.subspan(n));  // what was just seen: the caller may be about to sleep
   }
 
  private:
   struct Peer {
-    enum State { kConnecting, kReady, kDropped } state = kConnecting;
+    enum State { kConnecting, kReady, kEnded, kDropped } state = kConnecting;
     SharedSegment endpoint;
     FileDescriptor pipe;
     ProcessWatch process;
@@ -389,15 +389,25 @@ class ShmTransport final : public Transport {
       const bool closed = at(reinterpret_cast<Endpoint*>(peer.endpoint.data())->closed)
                               .load(std::memory_order_acquire) != 0;
       if (!closed && !peer.process.ended()) continue;
-      peer.state = Peer::kDropped;
-      Completion c;
+      peer.state = Peer::kEnded;
+      Completion& c = lost_.emplace_back();
       c.kind = Completion::Kind::kPeerLost;
       c.peer = PeerId{i};
       c.status = {Code::kPeerLost,
                   closed ? "the peer closed its endpoint"
                          : "process " + std::to_string(peer.endpoint.name().pid) + " ended"};
+    }
+  }
+
+  // Once no immediate is left to take: what those peers wrote before they ended has been told.
+  void report_lost() {
+    for (Completion& c : lost_) {
+      Peer& peer = peers_[static_cast<uint32_t>(c.peer)];
+      if (peer.state != Peer::kEnded) continue;  // disconnected meanwhile
+      peer.state = Peer::kDropped;
       done_.push_back(std::move(c));
     }
+    lost_.clear();
   }
 
   Status copy(Peer& peer, const WriteRequest& request) {
@@ -460,6 +470,7 @@ class ShmTransport final : public Transport {
   FileDescriptor pipe_read_, pipe_write_;
   std::deque<Peer> peers_;
   Queue done_;
+  std::vector<Completion> lost_;  // peers that ended, not yet reported
   uint32_t seen_hellos_ = 0, num_slots_ = 0, pending_hellos_ = 0;
   bool armed_ = false;
   Clock::time_point last_liveness_ = Clock::now();

@@ -164,6 +164,26 @@ void killed_peer(Hub& hub) {
   node.barrier();
 }
 
+void last_words(Hub& hub) {  // what a peer wrote before it died is told before its death
+  constexpr int kWords = 200;
+  Node node(hub);
+  node.connect_all();
+  Buffer buffer(*node.transport, 1 << 20);
+  const auto remote = node.swap_regions(buffer);
+  node.barrier();
+  if (node.rank == 1) {
+    for (int i = 0; i < kWords; ++i) node.write(node.peers[0], {&buffer, 0, 16, &remote[0], 0}, 1);
+    node.expect_all_ok();
+    kill(getpid(), SIGKILL);
+  }
+  sleep(1);  // and does not look
+  CHECK(node.wait(kShort, [&] { return !node.immediates.empty(); }));
+  const bool lost = node.wait(kShort, [&] { return node.lost.contains(node.peers[1]); });
+  CHECK(lost || is_fabric(), "its death went unnoticed");  // which notices when it is written to
+  const size_t told = node.immediates.size();
+  CHECK(told == kWords, "lost after " + std::to_string(told) + " of them");
+}
+
 void killed_writer(Hub& hub) {  // dies in the middle of large writes, while it is written to
   constexpr size_t kBytes = 8 << 20;
   Node node(hub);
@@ -316,6 +336,7 @@ constexpr Case kCases[] = {
     {"wake_up", 2, wake_up},
     {"disconnect_one", 3, disconnect_one},
     {"killed_peer", 3, killed_peer, 1u << 1},
+    {"last_words", 2, last_words, 1u << 1},
     {"killed_writer", 3, killed_writer, 1u << 1},
     {"bad_key", 2, bad_key},
     {"withdrawn_region", 2, withdrawn_region},
