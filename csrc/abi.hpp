@@ -125,7 +125,7 @@ struct Agreed {
   uint32_t dtype;  // code of the payload's dtype, as in moe_comm/layout.py
   uint32_t row_bytes;
   uint32_t flags;  // bit 0: rows carry top-k ids and weights; bit 1: fp32 columns; bit 2: from a
-                   // cached handle
+                   // cached handle; bit 3: a combine whose copies travel one by one
   uint32_t reserved;
   uint64_t identity;  // combine and cached dispatch: which dispatch this belongs to; else 0
 };

@@ -206,6 +206,12 @@ void bind_call(py::module_& m) {
     call.bias = at<const std::byte>(bias);
     call.bias_stride = bias_stride;
   });
+  // Of this rank's tokens: sums go by the lanes of topk_idx; each_copy: copies travel one by one.
+  c.def("set_lanes", [](Call& call, uintptr_t topk_idx, uintptr_t weights, bool each_copy) {
+    call.lane_idx = at<const int64_t>(topk_idx);
+    call.lane_weights = at<const float>(weights);
+    call.each_copy = each_copy;
+  });
   c.def("set_error",
         [](Call& call, const std::string& text) { call.error = Status(Code::kInvalid, text); });
   c.def_property_readonly("failed", [](const Call& call) { return !call.failure.ok(); });
@@ -284,6 +290,10 @@ void bind_exchange(py::module_& m) {
       .def_property_readonly("next_epoch", &Self::next_epoch)
       .def("route",
            [](Self& self, Call& call) { check(unlocked([&] { return self.route_tokens(call); })); })
+      .def("check_lanes",
+           [](Self& self, const Call& call) {
+             check(unlocked([&] { return self.check_lanes(call); }));
+           })
       .def("send",
            [](Self& self, const std::shared_ptr<Call>& call) {
              check(unlocked([&] { return self.send(call); }));

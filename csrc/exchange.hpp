@@ -101,6 +101,10 @@ struct Call {
   std::byte* out_y = nullptr;
   int64_t out_stride = 0;
   float* out_columns = nullptr;  // [T, K]
+  // Of this rank's own tokens [T, K], or null: sums go by the lanes of topk_idx, see sum_tokens.
+  const int64_t* lane_idx = nullptr;
+  const float* lane_weights = nullptr;
+  bool each_copy = false;  // copies travel one by one, by (token, lane); the source adds them
 
   // --- progress, per agent
   uint32_t own_rounds = 1;               // what this rank needs itself
@@ -146,6 +150,7 @@ class Exchange {
   // --- a call
   uint32_t num_lanes() const { return num_lanes_; }
   Status route_tokens(Call& call);
+  Status check_lanes(const Call& call) const;      // that lane_idx is what the handle was made from
   Status send(const std::shared_ptr<Call>& call);  // the next round
   Status wait_headers(Call& call);  // round 0: tokens_of, totals, expert_rows, num_rounds
   // After wait_headers (fresh) or with a handle's totals: where each source's rows begin, and with
@@ -219,6 +224,7 @@ class Exchange {
   Status send_dispatch(Call& call, uint64_t epoch, uint32_t round);
   Status send_combine(Call& call, uint64_t epoch, uint32_t round);
   void write_result(const Call& call, std::byte* out, size_t row, size_t next);
+  uint32_t write_copies(const Call& call, std::byte* out, size_t from, size_t to);
   void commit(uint32_t rank, uint32_t index, uint64_t epoch);
   Status push(Link& link, uint64_t epoch, size_t num_bytes);
   void write_counts(const Call& call, std::byte* counts, uint32_t rank) const;
@@ -244,6 +250,7 @@ class Exchange {
   void unpack_own(Call& call, uint32_t round);
   void place_row(Call& call, uint32_t source, const RowView& row);
   void sum_tokens(Call& call, uint64_t epoch, uint32_t round);
+  void sum_copies(const Call& call, uint64_t epoch, uint32_t round);
   void release(uint64_t epoch);
   static std::pair<uint32_t, uint32_t> range_of_round(const Call& call, uint32_t round,
                                                       const int32_t* tokens, uint32_t num_tokens);

@@ -172,7 +172,9 @@ Status Exchange::receive(Call& call, uint32_t round) {
     check_header(call, header_of(link_window(n, epoch)), epoch, rail_peer(n));
   }
   if (call.failure.ok() && call.error.ok()) {
-    if (call.kind == kCombine) {
+    if (call.kind == kCombine && call.each_copy) {
+      sum_copies(call, epoch, round);
+    } else if (call.kind == kCombine) {
       sum_tokens(call, epoch, round);
     } else {
       const size_t rows_at = kHeaderBytes + counts_bytes(call, false);
@@ -288,10 +290,11 @@ void Exchange::place_row(Call& call, uint32_t source, const RowView& row) {
 }
 
 // Level 1 for the own node, then level 2 over the nodes; with hops="rank" one sum over the ranks.
+// With lane_idx (one level only) the ranks' sums are added in the order of the last lane of each.
 void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
   const size_t row_bytes = call.format.row_bytes;
   const size_t num_items = call.format.payload_bytes / item_bytes(call.dtype);
-  const uint32_t K = call.format.topk;
+  const uint32_t K = call.format.topk, L = num_local_experts(call);
   const uint32_t first =
       std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
   const uint32_t last =
@@ -340,7 +343,17 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
       to.push_back({row, 0, false, t + 1 < last ? row + row_bytes : nullptr});
       columns_to.push_back(reinterpret_cast<const float*>(row + call.format.weights_at));
     };
-    if (!shape_.hops_node) {
+    if (call.lane_idx) {
+      const int64_t* ids = call.lane_idx + static_cast<size_t>(t) * K;
+      for (uint32_t k = 0; k < K; ++k) {
+        if (ids[k] < 0) continue;
+        const int64_t rank = ids[k] / L;
+        const bool last_of_rank = std::none_of(
+            ids + k + 1, ids + K, [&](int64_t id) { return id >= 0 && id / L == rank; });
+        if (last_of_rank)
+          add(static_cast<uint32_t>(lane_of_rank_[static_cast<size_t>(rank)]), terms, columns);
+      }
+    } else if (!shape_.hops_node) {
       for (uint32_t r = 0; r < shape_.num_ranks; ++r) add(r, terms, columns);
     } else {
       for (uint32_t g = 0; g < shape_.node_ranks; ++g) add(g, local, local_columns);
@@ -362,6 +375,43 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
     const std::byte* bias = call.bias ? call.bias + t * call.bias_stride : nullptr;
     sum_rows(call.out_y + t * call.out_stride, terms, bias, num_items, call.dtype);
     if (call.out_columns) sum_columns(call.out_columns + static_cast<size_t>(t) * K, columns, K);
+  }
+}
+
+// Each token's copies in the order of its lanes: the copies of a rank lie in that order, too.
+void Exchange::sum_copies(const Call& call, uint64_t epoch, uint32_t round) {
+  const size_t num_items = call.format.payload_bytes / item_bytes(call.dtype);
+  const uint32_t K = call.format.topk, L = num_local_experts(call);
+  const uint32_t first =
+      std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(round) * call.capacity);
+  const uint32_t last =
+      std::min<uint64_t>(call.num_tokens, static_cast<uint64_t>(first) + call.capacity);
+  const auto own_lane = static_cast<uint32_t>(lane_of_rank_[shape_.rank]);
+  std::vector<const std::byte*> next_copy(shape_.num_ranks);
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    next_copy[r] = slot(base_, r, epoch) + kHeaderBytes;
+  }
+  for (uint32_t t = first; t < last; ++t) {
+    copies_.clear();
+    const int32_t* rows = call.lane_rows + static_cast<size_t>(t) * num_lanes_;
+    for (uint32_t k = 0; k < K; ++k) {
+      const size_t at = static_cast<size_t>(t) * K + k;
+      if (call.lane_idx[at] < 0) continue;
+      const auto rank = static_cast<uint32_t>(call.lane_idx[at] / L);
+      Term& term = copies_.emplace_back();
+      if (rank == shape_.rank && call.own_rows_direct) {
+        const size_t row = call.row_starts[rank] + static_cast<size_t>(rows[own_lane]);
+        term.row = call.y + call.positions[row * K + k] * call.y_stride;
+      } else {
+        term.row = next_copy[rank];
+        next_copy[rank] += call.format.row_bytes;
+        term.next = next_copy[rank];
+      }
+      term.weighted = term.fused = call.lane_weights != nullptr;
+      if (term.weighted) term.weight = call.lane_weights[at];
+    }
+    const std::byte* bias = call.bias ? call.bias + t * call.bias_stride : nullptr;
+    sum_rows(call.out_y + t * call.out_stride, copies_, bias, num_items, call.dtype);
   }
 }
 

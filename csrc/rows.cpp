@@ -6,7 +6,7 @@
 
 // One binary for every CPU of the architecture: the loader picks the clone by what the CPU can do
 // (clones named after a CPU, like arch=haswell, would fit that model only). No clone may fuse
-// multiply and add (-ffp-contract=off), so all give the same bits.
+// multiply and add unasked (-ffp-contract=off), so all give the same bits.
 #if !defined(__x86_64__) || defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 #define MOE_COMM_CLONES
 #elif __GNUC__ >= 12
@@ -53,6 +53,9 @@ MOE_COMM_INLINE void fetch(const std::byte* from, size_t num_bytes) {
   for (size_t i = 0; i < num_bytes; i += kLine) __builtin_prefetch(from + i, 0, 3);
 }
 
+MOE_COMM_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+MOE_COMM_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
 // acc[i] (= or +=) row[i], times the weight if there is one.
 template <typename T, typename Acc>
 MOE_COMM_INLINE void add_term(Acc* acc, const Term& term, size_t from, size_t n, bool first) {
@@ -62,6 +65,9 @@ MOE_COMM_INLINE void add_term(Acc* acc, const Term& term, size_t from, size_t n,
   if (term.weighted) {
     if (first) {
       for (size_t i = 0; i < n; ++i) acc[i] = load(row + i) * weight;
+    } else if (term.fused) {
+      for (size_t i = 0; i < n; ++i)
+        acc[i] = fused(static_cast<Acc>(load(row + i)), weight, acc[i]);
     } else {
       for (size_t i = 0; i < n; ++i) acc[i] += load(row + i) * weight;
     }

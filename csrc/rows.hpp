@@ -86,12 +86,13 @@ struct Term {
   float weight = 0;
   bool weighted = false;
   const std::byte* next = nullptr;  // the row that will be read after this one, to be fetched
+  bool fused = false;               // multiplied and added with one rounding (a term with a weight)
 };
 
 // out[h] = round(bias[h] + terms in order), accumulated in fp32 (fp64 for kFloat64); a product is
-// rounded before it is added, never fused. Without a bias the sum starts with the first term, so
-// one plain term passes bit for bit. No term and no bias: zeros. bias has the payload's dtype. out
-// may not overlap the terms.
+// rounded before it is added, unless its term says fused. Without a bias the sum starts with the
+// first term, so one plain term passes bit for bit. No term and no bias: zeros. bias has the
+// payload's dtype. out may not overlap the terms.
 void sum_rows(std::byte* out, std::span<const Term> terms, const std::byte* bias, size_t num_items,
               DType dtype);
 

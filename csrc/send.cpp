@@ -24,6 +24,31 @@ Status Exchange::route_tokens(Call& call) {
                call.lane_rows, call.routes);
 }
 
+Status Exchange::check_lanes(const Call& call) const {
+  const uint32_t K = call.format.topk, L = num_local_experts(call);
+  const auto differs = [](uint32_t token) {
+    return Status(Code::kInvalid,
+                  "topk_idx: expected that of the handle's dispatch, got other ids for token " +
+                      std::to_string(token));
+  };
+  std::vector<uint32_t> stamp(num_lanes_, 0);
+  for (uint32_t t = 0; t < call.num_tokens; ++t) {
+    const int32_t* rows = call.lane_rows + static_cast<size_t>(t) * num_lanes_;
+    for (uint32_t k = 0; k < K; ++k) {
+      const int64_t id = call.lane_idx[static_cast<size_t>(t) * K + k];
+      if (id == -1) continue;
+      if (id < 0 || id >= static_cast<int64_t>(call.num_experts)) return differs(t);
+      const auto lane = static_cast<uint32_t>(lane_of_rank_[static_cast<size_t>(id) / L]);
+      if (rows[lane] < 0) return differs(t);
+      stamp[lane] = t + 1;
+    }
+    for (uint32_t lane = 0; lane < num_lanes_; ++lane) {
+      if (rows[lane] >= 0 && stamp[lane] != t + 1) return differs(t);
+    }
+  }
+  return {};
+}
+
 Header Exchange::make_header(const Call& call, uint64_t epoch) const {
   Header header{};
   header.epoch = epoch;
@@ -207,6 +232,20 @@ void Exchange::write_result(const Call& call, std::byte* out, size_t row, size_t
   sum_rows(out, copies_, nullptr, call.format.payload_bytes / item_bytes(call.dtype), call.dtype);
 }
 
+// Copies of the received rows [from, to), by (row, lane). Returns how many.
+uint32_t Exchange::write_copies(const Call& call, std::byte* out, size_t from, size_t to) {
+  const uint32_t K = call.format.topk;
+  uint32_t copies = 0;
+  for (const int32_t* place = call.positions + from * K; place < call.positions + to * K; ++place) {
+    if (*place < 0) continue;
+    const std::byte* copy = call.y + *place * call.y_stride;
+    copy_row(out + copies * size_t{call.format.row_bytes}, copy, call.format.payload_bytes,
+             nullptr);
+    ++copies;
+  }
+  return copies;
+}
+
 Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
   const size_t row_bytes = call.format.row_bytes;
   const auto pack = [&](std::byte* window, uint32_t source) {
@@ -218,8 +257,12 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
       header.rows = to - from;
       const bool direct = source == shape_.rank && call.own_rows_direct;
       std::byte* row = window + kHeaderBytes;
-      for (uint32_t i = from; i < to && !direct; ++i, row += row_bytes) {
-        write_result(call, row, start + i, start + std::min(i + 1, to - 1));
+      if (call.each_copy) {
+        header.rows = direct ? 0 : write_copies(call, row, start + from, start + to);
+      } else {
+        for (uint32_t i = from; i < to && !direct; ++i, row += row_bytes) {
+          write_result(call, row, start + i, start + std::min(i + 1, to - 1));
+        }
       }
     }
     std::memcpy(window, &header, sizeof header);

@@ -229,6 +229,9 @@ class Call:
     ) -> None:
         """A combine's outputs, and the bias its sums start from."""
 
+    def set_lanes(self, topk_idx: int, weights: int, each_copy: bool, /) -> None:
+        """Of this rank's tokens: sums go by the lanes of topk_idx. each_copy: the copies travel one by one."""
+
     def set_error(self, text: str) -> None:
         """This rank's arguments were wrong: it takes part with no tokens, the others raise PeerError."""
 
@@ -292,6 +295,9 @@ class Exchange:
     @property
     def next_epoch(self) -> int: ...
     def route(self, call: Call) -> None: ...
+    def check_lanes(self, call: Call) -> None:
+        """Raises ArgumentError unless the lanes' topk_idx is the one that the handle was made from."""
+
     def send(self, call: Call) -> None:
         """Sends the next round. Waits for its bank."""
 

@@ -214,6 +214,9 @@ class Buffer:
         topk_weights: Tensor | None = None,
         bias: Tensor | None = None,
         out: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        each_copy: bool = False,
+        source_weights: Tensor | None = None,
         async_op: str | None = None,
         timeout_s: float | None = None,
     ) -> Any:
@@ -227,13 +230,18 @@ class Buffer:
             topk_weights: float32 columns, added without rounding: [rows, K] (layout "rank") or y's shape without H.
             bias: [T, H], where the sum starts.
             out: [T, H] to write into; not y's memory.
+            topk_idx: int64 [T, K], the dispatch's: sums go by its lanes instead of by ranks (hops="rank", or one node).
+            each_copy: one row per (token, expert) travels; the source adds them in lane order (layouts "expert",
+                "padded"; needs topk_idx; without weights, topk_weights). More bytes, one rounding.
+            source_weights: float32 [T, K], with each_copy: each copy is multiplied at the source, fused with the sum.
 
         Returns: [T, H] of y's dtype; with topk_weights a pair ([T, H], [T, K] float32); with async_op="event" a pair of
         that and an Event; with "hook" a Hook. Order of sums: combine.py. Raises as `dispatch`.
         """
         request = CombineRequest(
-            y, handle, weights, topk_weights, bias, out, timeout_s, async_op == "hook"
-        )
+            y, handle, weights, topk_weights, bias, out, topk_idx, each_copy, source_weights, timeout_s,
+            async_op == "hook",
+        )  # fmt: skip
         return self._run(PendingCombine, request, "combines", async_op)
 
     def _run(self, kind: type, request: Any, counter: str, async_op: str | None) -> Any:

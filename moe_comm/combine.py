@@ -4,6 +4,11 @@ Each rank sums its own copies of a token (level 0, lane order), stores the row w
 source's rail, adds the ranks of the node (level 1, ascending) and the source adds the nodes (level 2, ascending, from
 the bias). Sums are fp32 (fp64 for fp64), rounded to the dtype of y wherever a row crosses a level. No metadata travels:
 rows lie where the dispatch's rows lay, and every rank knows from its handle how many rounds there are.
+
+With `topk_idx` (one level only: hops="rank", or one node) sums go by the token's lanes: each rank's sum stands where
+the last lane of that rank does. With `each_copy` no rank adds: one row per (token, expert) travels, in the order of
+(token, lane), and the source adds them in lane order, by fused multiply-add if it has weights. Where a copy lies
+follows from topk_idx at the source and from the handle at the sender, so here, too, no metadata travels.
 """
 
 import dataclasses
@@ -14,7 +19,7 @@ from torch import Tensor
 
 from . import _engine
 from .arguments import Found, check_floats, check_handle, check_rows, overlap, wrong
-from .dispatch import COMBINE, FLAG_WEIGHTS, error_call, load_handle, new_call
+from .dispatch import COMBINE, FLAG_EACH_COPY, FLAG_WEIGHTS, error_call, load_handle, new_call
 from .errors import ArgumentError
 from .handle import Handle
 from .layout import DTYPE_CODES, RowFormat
@@ -34,6 +39,9 @@ class CombineRequest:
     topk_weights: Tensor | None
     bias: Tensor | None
     out: Tensor | None
+    topk_idx: Tensor | None
+    each_copy: bool
+    source_weights: Tensor | None
     timeout_s: float | None
     deferred: bool
 
@@ -77,6 +85,7 @@ class PendingCombine:
             columns = self._check_columns(handle, request.topk_weights)
         if request.bias is not None:
             bias = self._check_summed("bias", request.bias, handle, y)
+        lanes, lane_weights = self._check_lanes(handle)
         key = (
             COMBINE,
             hidden,
@@ -85,6 +94,7 @@ class PendingCombine:
             handle.num_experts,
             columns is None,
             handle.layout,
+            request.each_copy,
         )
         found = buffer.formats.get(key)
         if found is None:
@@ -122,15 +132,53 @@ class PendingCombine:
             0 if self.out_columns is None else self.out_columns.data_ptr(),
             0 if bias is None else bias.data_ptr(), 0 if bias is None else bias.stride(0) * item,
         )  # fmt: skip
+        if lanes is not None:
+            call.set_lanes(
+                lanes.data_ptr(), 0 if lane_weights is None else lane_weights.data_ptr(), request.each_copy
+            )  # fmt: skip
+            buffer.native.check_lanes(call)
         buffer.native.place(call, 1, 0, 0)
-        self.held = (y, handle, weights, columns, bias)
+        self.held = (y, handle, weights, columns, bias, lanes, lane_weights)
 
     def _format(self, handle: Handle, y: Tensor, columns: bool) -> _engine.CallFormat:
         row = RowFormat.of_combine(y.shape[1] * y.element_size(), handle.topk, columns=columns)
+        flags = FLAG_WEIGHTS if columns else 0
+        rows_per_token = 1
+        if self.request.each_copy:
+            flags |= FLAG_EACH_COPY
+            rows_per_token = min(handle.topk, -(-handle.num_experts // self.buffer.num_ranks))
         return _engine.CallFormat(
-            COMBINE, dataclasses.astuple(row), handle.num_experts, DTYPE_CODES[y.dtype], FLAG_WEIGHTS if columns else 0,
-            self.buffer.layout.capacity_for(row.row_bytes, 0), False, handle.layout != "rank",
+            COMBINE, dataclasses.astuple(row), handle.num_experts, DTYPE_CODES[y.dtype], flags,
+            self.buffer.layout.capacity_for(row.row_bytes * rows_per_token, 0), False, handle.layout != "rank",
         )  # fmt: skip
+
+    def _check_lanes(self, handle: Handle) -> tuple[Tensor | None, Tensor | None]:
+        request, buffer = self.request, self.buffer
+        idx, weights = request.topk_idx, request.source_weights
+        if idx is None:
+            if request.each_copy or weights is not None:
+                raise wrong("topk_idx", "the dispatch's, with each_copy or source_weights", None)
+            return None, None
+        shape = (handle.num_tokens, handle.topk)
+        if not (
+            isinstance(idx, Tensor)
+            and idx.dtype is torch.int64
+            and idx.is_cpu
+            and idx.shape == shape
+        ):
+            raise wrong("topk_idx", f"int64 {shape} on the CPU", idx)
+        if buffer.hops == "node" and buffer.topology.num_nodes > 1:
+            raise wrong("topk_idx", 'None with hops="node" between nodes', idx)
+        if request.each_copy:
+            if handle.layout == "rank":
+                raise wrong("each_copy", "False with layout 'rank' (rows are already summed)", True)
+            if request.weights is not None or request.topk_weights is not None:
+                raise wrong("each_copy", "False with weights or topk_weights", True)
+        if weights is not None:
+            if not request.each_copy:
+                raise wrong("source_weights", "None without each_copy", weights)
+            weights = check_floats("source_weights", weights, shape)
+        return idx.contiguous(), weights
 
     @staticmethod
     def _check_weights(handle: Handle, weights: Any) -> Tensor:

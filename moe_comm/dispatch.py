@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .buffer import Buffer
 
 DISPATCH, COMBINE = 1, 2  # csrc/abi.hpp: ExchangeKind
-FLAG_IDS, FLAG_WEIGHTS, FLAG_CACHED = 1, 2, 4
+FLAG_IDS, FLAG_WEIGHTS, FLAG_CACHED, FLAG_EACH_COPY = 1, 2, 4, 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -204,6 +204,53 @@ def combine(
     return ReferenceCombined(list(x.split(sizes)), list(summed.split(sizes)))
 
 
+def combine_by_lane(
+    ys: Sequence[Tensor],
+    bookkeeping: Bookkeeping,
+    topk_idx: Sequence[Tensor],
+    num_experts: int,
+    bias: Sequence[Tensor] | None = None,
+    each_copy: bool = False,
+    source_weights: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Combine in the order of each token's lanes, `topk_idx` [T, K] per rank; one level.
+
+    Without `each_copy` a rank's copies are summed and rounded as in `combine`, and stand where the
+    last lane of that rank does. With it every copy is a term of its own, in lane order; with
+    `source_weights` [T, K] float32 it is multiplied and added with one rounding (computed here in
+    float64, for rows of at most float32). Layouts "expert" and "padded" for `each_copy`.
+
+    Returns x [T, H] per rank, of the dtype of `ys`.
+    """
+    wire, hidden, num_tokens = ys[0].dtype, ys[0].shape[-1], sum(bookkeeping.num_tokens)
+    exact = torch.float64 if wire == torch.float64 else torch.float32
+    idx = torch.cat(list(topk_idx)).long()
+    owner = torch.where(idx < 0, -1, idx // -(-num_experts // len(ys)))
+    total = _RowSum(num_tokens, hidden, exact, None if bias is None else torch.cat(list(bias)))
+    weights = None if source_weights is None else torch.cat(list(source_weights))
+    terms = []
+    for rank, copies in enumerate(bookkeeping.copies):
+        rows = ys[rank].reshape(-1, hidden)[copies.row]
+        lane = copies.lane
+        if not each_copy:
+            own, nth = _RowSum(num_tokens, hidden, exact), _nth_of_token(copies.token)
+            for n in range(int(nth.max()) + 1 if len(nth) else 0):
+                own.add(copies.token[nth == n], rows[nth == n])
+            token, rows = own.terms(wire)
+            last = (owner[token] == rank) * torch.arange(1, idx.shape[1] + 1)
+            lane = last.max(dim=1).values - 1
+            copies = Copies(token, lane, token)
+        terms.append((copies.token, lane, rows))
+    for k in range(idx.shape[1]):
+        for token, lane, rows in terms:
+            here = lane == k
+            if weights is None:
+                total.add(token[here], rows[here])
+            else:
+                total.add_fused(token[here], rows[here], weights[token[here], k])
+    return list(total.total.to(wire).split(list(bookkeeping.num_tokens)))
+
+
 class _RowSum:
     """A sum per row, which starts at `start` or else at its first term."""
 
@@ -219,6 +266,13 @@ class _RowSum:
         values = values.to(self.total.dtype)
         added = torch.where(self.present[row, None], self.total[row] + values, values)
         self.total[row] = added
+        self.present[row] = True
+
+    def add_fused(self, row: Tensor, values: Tensor, weight: Tensor) -> None:
+        """`add` of `values` times `weight` [n], rounded once."""
+        products = values.double() * weight.double()[:, None]  # exact: 24 + 24 bits
+        sums = torch.where(self.present[row, None], self.total[row].double() + products, products)
+        self.total[row] = sums.to(self.total.dtype)
         self.present[row] = True
 
     def terms(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
