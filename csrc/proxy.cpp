@@ -90,20 +90,25 @@ void Proxy::wake() {
   [[maybe_unused]] const ssize_t ignored = ::write(event_.get(), &one, sizeof one);
 }
 
-void Proxy::run(std::function<void()> function) {
-  std::promise<void> promise;
-  auto done = promise.get_future();
+bool Proxy::hand_over(std::function<void()> function) {
   {
     std::lock_guard lock(functions_mutex_);
-    if (ended_.load()) return;  // nothing left to act on
-    functions_.push_back([&] {
-      function();
-      promise.set_value();
-    });
+    if (ended_.load()) return false;
+    functions_.push_back(std::move(function));
     has_functions_.store(true, std::memory_order_release);
   }
   wake();
-  done.wait();
+  return true;
+}
+
+void Proxy::run(std::function<void()> function) {
+  std::promise<void> promise;
+  auto done = promise.get_future();
+  const bool accepted = hand_over([&] {
+    function();
+    promise.set_value();
+  });
+  if (accepted) done.wait();  // else nothing is left to act on
 }
 
 Result<MemoryRegion> Proxy::register_memory(std::span<std::byte> bytes, MemoryKind kind) {
@@ -204,7 +209,7 @@ void Proxy::beat_now() {
 
 std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes,
                                          std::shared_ptr<void> keep) {
-  std::vector<Write> parts;
+  auto parts = std::make_shared<std::vector<Write>>();
   const uint64_t limit = std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, 1);
   for (const UserWrite& w : writes) {
     if (w.has_immediate && w.num_bytes > limit) {  // cut, it could be overtaken by its immediate
@@ -226,25 +231,26 @@ std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes,
       offset += part.num_bytes;
       part.has_immediate = w.has_immediate;
       part.immediate = Immediate::user(w.immediate);
-      parts.push_back(std::move(part));
+      parts->push_back(std::move(part));
     } while (offset < w.num_bytes);
   }
   auto operation =
-      std::make_shared<Operation>(static_cast<uint32_t>(parts.size()), std::move(keep));
-  bool accepted = false;
-  run([&] {
-    accepted = !stop_.load(std::memory_order_acquire);  // or stop() would wait for more and more
-    if (!accepted) return;
-    for (Write& part : parts) {
+      std::make_shared<Operation>(static_cast<uint32_t>(parts->size()), std::move(keep));
+  const auto refuse = [parts, operation] {
+    for (size_t i = 0; i < parts->size(); ++i)
+      operation->finish_one({Code::kClosed, "write: the engine is closed"});
+  };
+  const auto begin = [this, parts, operation, refuse] {
+    if (ended_.load()) return refuse();
+    for (Write& part : *parts) {
       part.operation = operation;
       enqueue(std::move(part));
     }
     post_pending();
-  });
-  if (!accepted) {
-    for (size_t i = 0; i < parts.size(); ++i)
-      operation->finish_one({Code::kClosed, "write: the engine is closed"});
-  }
+  };
+  // A write after stop() is refused, or it would wait for more and more. The caller does not wait
+  // for the proxy: that would be one hand-over more on the way.
+  if (stop_.load(std::memory_order_acquire) || !hand_over(begin)) refuse();
   return operation;
 }
 
@@ -282,13 +288,14 @@ void Proxy::body() noexcept {
   Backoff backoff;
   Clock::time_point stopping{};
   while (true) {
+    const bool stop = stop_.load(std::memory_order_acquire);  // before the last look at what is due
     bool progress = take_commands();
     progress |= run_functions();
     progress |= post_pending();
     progress |= poll_transport(false);
     beat();
     stats_.loops.fetch_add(1, std::memory_order_relaxed);
-    if (stop_.load(std::memory_order_acquire)) {
+    if (stop) {
       if (stopping == Clock::time_point{}) stopping = Clock::now();
       const bool drained = free_slots_.size() == in_flight_.size() && with_pending_.empty();
       if ((drained && !progress) || seconds_since(stopping) > kDrainTimeout) break;

@@ -91,7 +91,8 @@ class Proxy {
   const Info& info() const { return transport_->info(); }
   // Pushes one command; waits while the ring is full, at most `seconds`.
   Status push(const Transfer& transfer, double seconds);
-  void run(std::function<void()> function);  // on the proxy's thread; returns when it ended
+  void run(std::function<void()> function);        // on the proxy's thread; returns when it ended
+  bool hand_over(std::function<void()> function);  // the same, returns at once; false: has ended
   Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind);
   Result<uint32_t> connect(const Address& address);
   void disconnect(uint32_t peer);

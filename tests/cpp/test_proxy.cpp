@@ -342,6 +342,22 @@ void stop_during_traffic() {
   }
 }
 
+// What was submitted before stop() is carried out, however late the proxy sees it.
+void stop_right_after_a_write() {
+  Rank b(0);
+  for (int round = 0; round < 150; ++round) {
+    Rank a(0, {}, 4096);
+    const uint32_t peer = a.connect(b);
+    if (round % 3 == 0) nap(0.002);  // its proxy is asleep, or else awake
+    auto operation = write(a, peer, b, 0, 0, 64, 5);
+    a.proxy.stop();
+    expect_end(*operation, Code::kOk);
+    CHECK(b.proxy.take_immediates(5, 1, kSoon));
+    auto late = write(a, peer, b, 0, 0, 64, 5);
+    expect_end(*late, Code::kClosed);
+  }
+}
+
 int open_files() {
   int count = 0;
   DIR* directory = opendir("/proc/self/fd");
@@ -373,5 +389,6 @@ int main(int argc, char** argv) {
                      {"wrong_writes_end_alone", wrong_writes_end_alone},
                      {"heartbeats_advance", heartbeats_advance},
                      {"stop_during_traffic", stop_during_traffic},
+                     {"stop_right_after_a_write", stop_right_after_a_write},
                      {"twenty_rounds", twenty_rounds}});
 }
