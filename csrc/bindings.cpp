@@ -260,6 +260,7 @@ void bind_exchange(py::module_& m) {
              s.node_of = shape["node_of"].cast<std::vector<uint32_t>>();
              s.local_of = shape["local_of"].cast<std::vector<uint32_t>>();
              s.rank_of = shape["rank_of"].cast<std::vector<uint32_t>>();
+             s.absent = shape["absent"].cast<std::vector<bool>>();
              WindowOffsets o;
              const auto at = [&](const char* name) { return offsets[name].cast<uint64_t>(); };
              o = {at("beats"), at("commits"), at("releases"), at("sents"), at("slots"),
@@ -317,6 +318,7 @@ void bind_exchange(py::module_& m) {
              unlocked([&] { self.fail({Code::kPeerLost, text}); });
            })
       .def("raise_fault", [](Self& self) { check(self.fault()); })
+      .def_property_readonly("lost", &Self::lost)
       .def("close",
            [](Self& self, double seconds) { check(unlocked([&] { return self.close(seconds); })); })
       .def("stats", [](Self& self) {

@@ -34,7 +34,8 @@ Exchange::Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     const uint32_t node_lane =
         is_local(r) ? shape_.local_of[r] : shape_.node_ranks + shape_.node_of[r];
-    lane_of_rank_.push_back(static_cast<int32_t>(shape_.hops_node ? node_lane : r));
+    const auto lane = static_cast<int32_t>(shape_.hops_node ? node_lane : r);
+    lane_of_rank_.push_back(shape_.absent[r] ? -1 : lane);
   }
 }
 
@@ -104,7 +105,7 @@ Status Exchange::link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegi
         offsets_.sends + 2 * offsets_.stride * link_index(shape_.node_of[rank], my_node_);
   } else {
     uint32_t index = 0;
-    for (uint32_t r = 0; r < rank; ++r) index += is_local(r) ? 0 : 1;
+    for (uint32_t r = 0; r < rank; ++r) index += shape_.node_of[r] == my_node_ ? 0 : 1;
     link.window_offset = offsets_.slots + 2 * offsets_.stride * shape_.rank;
     link.send_offset = offsets_.sends + 2 * offsets_.stride * index;
   }
@@ -217,6 +218,18 @@ void Exchange::fail(const Status& status) {
   }
 }
 
+std::vector<bool> Exchange::lost() const {
+  std::vector<bool> lost = shape_.absent;
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    if (r == shape_.rank || lost[r]) continue;
+    const uint64_t beat = beat_of(r);
+    lost[r] = (beat & 15u) == kClosed || (peers_[r].base && peers_[r].process.ended()) ||
+              (links_[r].present &&
+               engine_.proxy().peer_state(links_[r].engine_peer) == PeerState::kLost);
+  }
+  return lost;
+}
+
 // --- places --------------------------------------------------------------------------------------
 
 std::byte* Exchange::slot(std::byte* base, uint32_t index, uint64_t epoch) const {
@@ -303,6 +316,16 @@ Status Exchange::wait(Counter& word, uint64_t target, const Waited& waited) {
   }
 }
 
+// A peer's heartbeat word as it is here; 0 of one that is neither of my node nor linked.
+uint64_t Exchange::beat_of(uint32_t rank) const {
+  if (peers_[rank].base) {
+    return word_at(beat_word(peers_[rank].base)).load(std::memory_order_acquire);
+  }
+  if (!links_[rank].present) return 0;
+  return word_at(*reinterpret_cast<Counter*>(base_ + offsets_.beats + 16ull * rank))
+      .load(std::memory_order_acquire);
+}
+
 Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start) {
   const uint32_t rank = waited.rank;
   const double waited_s = seconds_since(start);
@@ -313,13 +336,7 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
   std::string who =
       "rank " + std::to_string(rank) + " (node " + std::to_string(shape_.node_of[rank]) + ")";
   const bool linked = !peer.base && links_[rank].present;
-  uint64_t beat = 0;
-  if (peer.base) {
-    beat = word_at(beat_word(peer.base)).load(std::memory_order_acquire);
-  } else if (linked) {
-    beat = word_at(*reinterpret_cast<Counter*>(base_ + offsets_.beats + 16ull * rank))
-               .load(std::memory_order_acquire);
-  }
+  const uint64_t beat = beat_of(rank);
   if (beat != seen.beat) {
     seen.beat = beat;
     seen.at = Clock::now();

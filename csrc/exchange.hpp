@@ -45,6 +45,7 @@ struct GroupShape {
   bool hops_node = true;
   std::vector<uint32_t> node_of, local_of;  // [R]
   std::vector<uint32_t> rank_of;            // [N * G], by node, then local
+  std::vector<bool> absent;                 // [R] lost or masked; only with hops="rank"
 };
 
 struct Timeouts {
@@ -163,6 +164,7 @@ class Exchange {
 
   void fail(const Status& status);  // ends the exchange for good: waits end, peers are told
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
+  std::vector<bool> lost() const;  // [R] ended, or cut off; one that is stopped cannot be told
   Status close(double seconds);  // goodbye: drains, tells the peers
   const ExchangeStats& stats() const { return stats_; }
 
@@ -199,7 +201,10 @@ class Exchange {
   Status drain(double seconds);
 
   // places
-  bool is_local(uint32_t rank) const { return shape_.node_of[rank] == shape_.node_of[shape_.rank]; }
+  // Of my node, and there. An absent rank sends nothing, gets nothing and is not waited for.
+  bool is_local(uint32_t rank) const {
+    return shape_.node_of[rank] == my_node_ && !shape_.absent[rank];
+  }
   std::byte* slot(std::byte* base, uint32_t index, uint64_t epoch) const;
   std::byte* link_window(uint32_t node, uint64_t epoch) const;
   std::byte* send_region(const Link& link, uint64_t epoch) const;
@@ -209,6 +214,7 @@ class Exchange {
   Counter& release_word(std::byte* base, uint64_t epoch, uint32_t rank) const;
   Counter& sent_word(uint64_t epoch, uint32_t rank);
   Counter& beat_word(std::byte* base) const;
+  uint64_t beat_of(uint32_t rank) const;
   Doorbell& bell(std::byte* base) const;
   size_t counts_bytes(const Call& call, bool link) const;
   uint32_t num_local_experts(const Call& call) const;

@@ -83,6 +83,7 @@ Status Exchange::wait_headers(Call& call) {
     call.expert_rows.assign(static_cast<size_t>(R) * L, 0);
   }
   for (uint32_t source = 0; source < R; ++source) {
+    if (shape_.absent[source]) continue;
     const bool forwarded = shape_.hops_node && !is_local(source);
     const uint32_t writer =
         forwarded ? shape_.rank_of[my_node_ * shape_.node_ranks + shape_.local_of[source]] : source;
@@ -154,6 +155,7 @@ Status Exchange::receive(Call& call, uint32_t round) {
   const uint64_t epoch = call.epochs[round];
   const bool combine_by_node = call.kind == kCombine && shape_.hops_node;
   for (uint32_t source = 0; source < shape_.num_ranks; ++source) {
+    if (shape_.absent[source]) continue;
     const bool remote = shape_.hops_node && !is_local(source);
     const uint32_t writer =
         remote ? shape_.rank_of[my_node_ * shape_.node_ranks + shape_.local_of[source]] : source;
@@ -179,6 +181,7 @@ Status Exchange::receive(Call& call, uint32_t round) {
     } else {
       const size_t rows_at = kHeaderBytes + counts_bytes(call, false);
       for (uint32_t source = 0; source < shape_.num_ranks; ++source) {
+        if (shape_.absent[source]) continue;
         const std::byte* window = slot(base_, source, epoch);
         if (source == shape_.rank && call.own_rows_direct) {
           unpack_own(call, round);
@@ -348,6 +351,7 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
       for (uint32_t k = 0; k < K; ++k) {
         if (ids[k] < 0) continue;
         const int64_t rank = ids[k] / L;
+        if (shape_.absent[static_cast<size_t>(rank)]) continue;
         const bool last_of_rank = std::none_of(
             ids + k + 1, ids + K, [&](int64_t id) { return id >= 0 && id / L == rank; });
         if (last_of_rank)
@@ -398,6 +402,7 @@ void Exchange::sum_copies(const Call& call, uint64_t epoch, uint32_t round) {
       const size_t at = static_cast<size_t>(t) * K + k;
       if (call.lane_idx[at] < 0) continue;
       const auto rank = static_cast<uint32_t>(call.lane_idx[at] / L);
+      if (shape_.absent[rank]) continue;
       Term& term = copies_.emplace_back();
       if (rank == shape_.rank && call.own_rows_direct) {
         const size_t row = call.row_starts[rank] + static_cast<size_t>(rows[own_lane]);

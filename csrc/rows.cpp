@@ -158,6 +158,7 @@ Status route(const int64_t* topk_idx, uint32_t num_tokens, uint32_t topk, uint32
       const uint32_t rank = rank_of[expert];
       if (rank_stamp[rank] == t + 1) continue;
       rank_stamp[rank] = t + 1;
+      if (tables.lane_of_rank[rank] < 0) continue;
       ++out.rank_counts[rank];
       const auto lane = static_cast<uint32_t>(tables.lane_of_rank[rank]);
       if (rows[lane] < 0) rows[lane] = static_cast<int32_t>(out.lane_counts[lane]++);

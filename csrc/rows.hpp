@@ -40,7 +40,7 @@ inline uint64_t mix_digest(uint64_t digest, uint64_t word) {
 // --- route ---------------------------------------------------------------------------------------
 
 struct RouteTables {            // who goes where; D lanes, see Exchange
-  const int32_t* lane_of_rank;  // [R] the lane a row for this rank takes
+  const int32_t* lane_of_rank;  // [R] the lane a row for this rank takes; -1: it gets none
   uint32_t num_lanes;
   uint32_t num_ranks;
 };

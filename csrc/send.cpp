@@ -38,7 +38,8 @@ Status Exchange::check_lanes(const Call& call) const {
       const int64_t id = call.lane_idx[static_cast<size_t>(t) * K + k];
       if (id == -1) continue;
       if (id < 0 || id >= static_cast<int64_t>(call.num_experts)) return differs(t);
-      const auto lane = static_cast<uint32_t>(lane_of_rank_[static_cast<size_t>(id) / L]);
+      const int32_t lane = lane_of_rank_[static_cast<size_t>(id) / L];
+      if (lane < 0) continue;  // an absent rank's
       if (rows[lane] < 0) return differs(t);
       stamp[lane] = t + 1;
     }
@@ -286,6 +287,7 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
     const uint32_t reader = shape_.rank_of[my_node_ * shape_.node_ranks + local];
     const uint32_t source = shape_.rank_of[node * shape_.node_ranks + local];
     const uint32_t index = shape_.rank_of[node * shape_.node_ranks + my_local_];
+    if (shape_.absent[reader]) return;
     const uint32_t rows = pack(slot(peers_[reader].base, index, epoch), source);
     stats_.rows_local += rows;
     stats_.bytes_local += static_cast<uint64_t>(rows) * call.format.payload_bytes;

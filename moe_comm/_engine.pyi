@@ -315,6 +315,10 @@ class Exchange:
         """Ends the exchange for good; the peers are told."""
 
     def raise_fault(self) -> None: ...
+    @property
+    def lost(self) -> list[bool]:
+        """[R] absent, ended, cut off, or closed; a rank that is only stopped cannot be told."""
+
     def close(self, seconds: float) -> None: ...
     def stats(self) -> dict[str, int]:
         """rows_local, bytes_local, rows_link, bytes_link, writes."""

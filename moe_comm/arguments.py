@@ -85,6 +85,12 @@ def check_handle(buffer: "Buffer", handle: Any) -> None:
         )
     if not (handle.group_key == buffer.group_key):
         raise wrong("handle", "one of this group", Found("one of another group"))
+    if not (handle.generation == buffer.generation):
+        raise wrong(
+            "handle",
+            f"one of generation {buffer.generation}",
+            Found(f"one of generation {handle.generation}: recovery ends the handles before it"),
+        )
     if not (handle.rank == buffer.rank):
         raise wrong("handle", f"one of rank {buffer.rank}", Found(f"one of rank {handle.rank}"))
     if not (handle.hops == buffer.hops):

@@ -16,6 +16,7 @@ How an exchange works (the rest is in dispatch.py, combine.py, csrc/exchange.hpp
 import contextlib
 import threading
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from .dispatch import DispatchRequest, PendingDispatch, wrong
 from .errors import ArgumentError, ClosedError, MoeCommError, PeerLost, PeerTimeout, TransportError
 from .event import Event, Hook
 from .exchange import open_exchange
+from .generation import meet
 from .group import EPGroup, survey
 from .handle import HOPS, Handle
 from .layout import RowFormat, WindowLayout
@@ -54,6 +56,7 @@ class Buffer:
         ranks_per_node: pretend nodes of so many consecutive ranks (MOE_COMM_RANKS_PER_NODE); 0: ask the machines.
         timeout_s: until a live but late peer is an error (MOE_COMM_TIMEOUT_S, 300); also bounds MOE_COMM_SILENCE_S.
         name: for `torch.library` ops, which know a Buffer by it; default unique in this process.
+        rejoin: this process takes a dead rank's place: waits until the others `recover(expect=[rank])`.
 
     Raises: MismatchError if ranks pass different parameters; ArgumentError; TransportError with the reason.
     Blocks while it is made. One thread calls at a time (others wait). Source: DeepEP's Buffer; the interface is ours.
@@ -75,6 +78,7 @@ class Buffer:
         ranks_per_node: int | None = None,
         timeout_s: float | None = None,
         name: str | None = None,
+        rejoin: bool = False,
     ):
         self._end: str | None = "was never opened"  # why it cannot be used
         if hops not in HOPS:
@@ -84,37 +88,52 @@ class Buffer:
             window_bytes=window_bytes, transport=transport, interface=interface, ranks_per_node=ranks_per_node,
             timeout_s=timeout_s,
         )  # fmt: skip
-        self.hops, self.max_tokens = hops, max_tokens
-        agreed = {
+        self.max_tokens = max_tokens
+        self._hops, self._home = hops, None
+        self._sizes = (hidden, topk, num_experts, dtype)
+        self._agreed = {
             "hidden": hidden, "topk": topk, "num_experts": num_experts, "dtype": str(dtype), "hops": hops,
             "max_tokens": max_tokens, "window_bytes": self.config.window_bytes, "transport": self.config.transport,
             "ranks_per_node": self.config.ranks_per_node, "first_epoch": self.config.first_epoch,
         }  # fmt: skip
-        found = survey(self.group, self.config.ranks_per_node, agreed)
-        payload = hidden * dtype.itemsize
-        row = RowFormat.of_dispatch(payload, 0, topk, weights=True)
-        nodes = found.topology.num_nodes
-        self.layout = WindowLayout.for_budget(
-            self.group.num_ranks, nodes, hops, window_bytes=self.config.window_bytes, row_bytes=row.row_bytes,
-            num_experts=num_experts,
-        )  # fmt: skip
-        if max_tokens is not None and max_tokens < self.layout.capacity:
-            self.layout = WindowLayout.for_rows(
-                self.group.num_ranks, nodes, hops, capacity=max(1, max_tokens), row_bytes=row.row_bytes,
-                num_experts=num_experts,
-            )  # fmt: skip
-        opened = open_exchange(self.group, self.config, hops, found, self.layout)
-        self.engine, self.native, self.topology = opened.engine, opened.native, opened.topology
-        self.serial = opened.serial
-        self.group_key = self.group.secret
-        self.name = name or f"{self.group.name}/{self.serial}/{self.rank}"
-        self.formats: dict[tuple, CallFormat] = {}  # by shapes and dtypes: dispatch.py, combine.py
         self._lock = threading.RLock()
         self._unhooked: list[tuple[PendingDispatch | PendingCombine, Hook]] = []
         self._counts = {"dispatches": 0, "combines": 0, "rounds": 0}
+        self.generation = 0
+        self.serial = self.group.num_buffers + 1
+        self.name = name or f"{self.group.name}/{self.serial}/{self.rank}"
+        if rejoin:
+            self._meet((), (), joining=True, timeout_s=self.config.timeout_s)
+        else:
+            self._open(self.group, (False,) * self.group.num_ranks)
+        self.group.num_buffers = self.serial
         self._end = None
         _buffers[self.name] = self
         lifetime.opened(self)
+
+    def _open(self, group: EPGroup, absent: tuple[bool, ...]) -> None:
+        """Windows and connections of a generation: collective of those present."""
+        hidden, topk, num_experts, dtype = self._sizes
+        found = survey(group, self.config.ranks_per_node, self._agreed, self._home)
+        # Without all ranks of a node its rails are broken: pairs are linked directly.
+        hops = "rank" if any(absent) else self._hops
+        row = RowFormat.of_dispatch(hidden * dtype.itemsize, 0, topk, weights=True)
+        nodes = found.topology.num_nodes
+        layout = WindowLayout.for_budget(
+            group.num_ranks, nodes, hops, window_bytes=self.config.window_bytes, row_bytes=row.row_bytes,
+            num_experts=num_experts,
+        )  # fmt: skip
+        if self.max_tokens is not None and self.max_tokens < layout.capacity:
+            layout = WindowLayout.for_rows(
+                group.num_ranks, nodes, hops, capacity=max(1, self.max_tokens), row_bytes=row.row_bytes,
+                num_experts=num_experts,
+            )  # fmt: skip
+        opened = open_exchange(group, self.config, hops, found, layout, absent)
+        self.hops, self.layout, self._absent = hops, layout, absent
+        self.engine, self.native, self.topology = opened.engine, opened.native, opened.topology
+        self._home = self.topology.node_of
+        self.group_key = group.secret
+        self.formats: dict[tuple, CallFormat] = {}  # by shapes and dtypes: dispatch.py, combine.py
 
     # --- what it is ----------------------------------------------------------------------------------
 
@@ -290,12 +309,19 @@ class Buffer:
     def _send_hooked(self, pending: "PendingDispatch | PendingCombine") -> Hook:
         self._make_room()
         pending.send()
-        hook = Hook(lambda: self._call_hook(pending, hook))
+        generation = self.generation
+        hook = Hook(lambda: self._call_hook(pending, hook, generation))
         self._unhooked.append((pending, hook))
         return hook
 
-    def _call_hook(self, pending: "PendingDispatch | PendingCombine", hook: Hook) -> None:
+    def _call_hook(
+        self, pending: "PendingDispatch | PendingCombine", hook: Hook, generation: int
+    ) -> None:
         with self._lock:
+            if generation != self.generation:
+                raise PeerLost(
+                    f"hook: its call was of generation {generation}, this is {self.generation}"
+                )
             self._check_usable()
             with _Faults(self):
                 self._receive_hooked(pending, hook)
@@ -338,6 +364,73 @@ class Buffer:
             self._end = "was closed"
             self._unhooked.clear()
             self.native.close(timeout_s)
+
+    # --- generations ---------------------------------------------------------------------------------
+
+    def alive(self) -> tuple[bool, ...]:
+        """[R]: the ranks of this generation. A rank that died since is found by the next call, or by `recover`."""
+        return tuple(not absent for absent in self._absent)
+
+    def recover(
+        self, *, mask: Collection[int] = (), expect: Collection[int] = (), timeout_s: float = 10.0
+    ) -> tuple[bool, ...]:
+        """Begins the next generation, of the ranks that come; collective of those that are left.
+
+        Waits at most `timeout_s` for the ranks of this generation (not for those known to be dead) and for those in
+        `expect`, which rejoin. `mask`: ranks to leave out though they live; all pass the same. Afterwards calls work
+        again: an absent rank has no tokens, tokens for its experts are dropped, and `hops` is "rank" until all are
+        back. Handles and hooks of earlier generations raise. The group needs a Store that survives (not one that a
+        dead rank hosted).
+
+        Returns: `alive()`. Raises: PeerLost on a rank that the others left out (it may `rejoin`); PeerTimeout,
+        TransportError if members failed meanwhile: call it again. See generation.py.
+        """
+        with self._lock:
+            if self._end:
+                raise ClosedError(f"Buffer {self.name!r} {self._end}")
+            lost = self.native.lost
+            waited_for = {r for r in range(self.num_ranks) if not lost[r] and r not in mask}
+            self._leave_generation()
+            self._meet(waited_for | set(expect), mask, joining=False, timeout_s=timeout_s)
+            return self.alive()
+
+    def rejoin(self, timeout_s: float = 300.0) -> tuple[bool, ...]:
+        """On a rank that was left out: waits until the others `recover(expect=…)` and is of that generation.
+
+        A new process in a dead rank's place makes its Buffer with `rejoin=True` instead, in the same order as the
+        others made theirs. Returns: `alive()`. Raises: PeerTimeout if nobody called recover.
+        """
+        with self._lock:
+            if self._end:
+                raise ClosedError(f"Buffer {self.name!r} {self._end}")
+            self._leave_generation()
+            self._meet((), (), joining=True, timeout_s=timeout_s)
+            return self.alive()
+
+    def _leave_generation(self) -> None:
+        self.native.fail("this rank left the generation to recover")
+        self._unhooked.clear()
+        self.native.close(0.0)
+
+    def _meet(
+        self, expected: Collection[int], mask: Collection[int], *, joining: bool, timeout_s: float
+    ) -> None:
+        name = f"buffer{self.serial}"
+        number, members = meet(
+            self.group, name, self.generation, expected=expected, masked=mask, joining=joining, timeout_s=timeout_s
+        )  # fmt: skip
+        group = self.group.of_members(members, f"{self.group.name}/{name}/{number}", timeout_s)
+        secrets = group.gather(self.group.known_secret)
+        known = [secret for secret in secrets if secret is not None]
+        self.group.adopt(group, known[0])
+        for engine in self.group.engines.values():
+            try:
+                engine.raise_fault()
+            except MoeCommError:
+                self.group.engines.clear()  # its proxy gave up: a new one
+                break
+        self._open(group, tuple(r not in members for r in range(self.num_ranks)))
+        self.generation = number
 
     def leave_to_parent(self) -> list[object]:
         """See lifetime.py."""

@@ -312,7 +312,7 @@ class PendingDispatch:
                 tokens_of=self.call.tokens_of, totals=self.call.totals,
                 forward_counts=forward_counts, lane_rows=self.lane_rows, recv_tokens=self.recv_tokens,
                 positions=self.positions, forward_tokens=forward_tokens, forward_rows=forward_rows,
-                tokens_per_expert=self.tokens_per_expert,
+                tokens_per_expert=self.tokens_per_expert, generation=self.buffer.generation,
             )  # fmt: skip
         out_x, ids, weights = self.out
         self.result = Dispatched(out_x, ids, weights, self.tokens_per_expert, handle)

@@ -24,8 +24,6 @@ class OpenExchange:
     engine: _engine.Engine
     native: _engine.Exchange
     topology: Topology
-    layout: WindowLayout
-    serial: int  # which Buffer of its group this is
 
 
 def choose_transport(asked: str, survey: Survey) -> str:
@@ -44,14 +42,20 @@ def choose_transport(asked: str, survey: Survey) -> str:
 
 
 def open_exchange(
-    group: EPGroup, config: Config, hops: str, survey: Survey, layout: WindowLayout
+    group: EPGroup,
+    config: Config,
+    hops: str,
+    survey: Survey,
+    layout: WindowLayout,
+    absent: tuple[bool, ...] = (),
 ) -> OpenExchange:
-    """Collective. Raises on every rank if one of them fails."""
+    """Collective. Raises on every rank if one of them fails. `absent` [R]: not there; only with hops="rank"."""
     topology = survey.topology
     shape = {
         "rank": group.rank, "num_ranks": group.num_ranks, "num_nodes": topology.num_nodes,
         "node_ranks": topology.node_ranks, "hops_node": hops == "node", "node_of": topology.node_of,
         "local_of": topology.local_of, "rank_of": topology.rank_of,
+        "absent": absent or (False,) * group.num_ranks,
     }  # fmt: skip
     if hops == "node":
         linked = [
@@ -61,7 +65,8 @@ def open_exchange(
         ]
     else:
         linked = list(range(group.num_ranks))
-    linked = [r for r in linked if not topology.is_local(r)]
+    present = [r for r in range(group.num_ranks) if not absent or not absent[r]]
+    linked = [r for r in linked if r in present and not topology.is_local(r)]
 
     def prepare() -> tuple[_engine.Engine, _engine.Exchange, dict]:
         engine = _engine_of(group, config, survey)
@@ -76,7 +81,7 @@ def open_exchange(
     )
 
     def connect() -> None:
-        for r in range(group.num_ranks):
+        for r in present:
             if r != group.rank and topology.is_local(r):
                 native.map_peer(r, offers[r]["segment"])
         peers = {r: engine.connect(offers[r]["address"]) for r in linked}
@@ -92,8 +97,7 @@ def open_exchange(
 
     _all_or_none(group, "connecting", connect, lambda made: None)
     native.start()
-    group.num_buffers += 1
-    return OpenExchange(engine, native, topology, layout, group.num_buffers)
+    return OpenExchange(engine, native, topology)
 
 
 def _engine_of(group: EPGroup, config: Config, survey: Survey) -> _engine.Engine:
@@ -119,7 +123,7 @@ def _all_or_none(group: EPGroup, what: str, step: Callable, offer: Callable):
     answers = group.gather((str(error) if error else None, None if error else offer(made)))
     if error:
         raise error
-    for r, (text, _) in enumerate(answers):
-        if text is not None:
-            raise TransportError(f"{what}: rank {r} failed: {text}")
-    return made, [offered for _, offered in answers]
+    for r, answer in enumerate(answers):
+        if answer is not None and answer[0] is not None:
+            raise TransportError(f"{what}: rank {r} failed: {answer[0]}")
+    return made, [answer and answer[1] for answer in answers]

@@ -11,10 +11,11 @@ import pickle
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from . import _engine
 from .errors import ArgumentError, MismatchError, PeerTimeout
@@ -46,8 +47,16 @@ class EPGroup:
         self.lock = threading.Lock()
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, by rank. Blocks; collective. Raises PeerTimeout naming who is missing."""
+        """The values of all ranks, by rank (None of one that is absent). Blocks; collective. Raises PeerTimeout naming
+        who is missing."""
         return self._gather(value)
+
+    @property
+    def store(self) -> "dist.Store":
+        """What survivors meet over. Raises ArgumentError for a group without one."""
+        if self._store is None:
+            raise ArgumentError("group: expected one with a torch Store (EPGroup.from_store)")
+        return self._store
 
     @property
     def secret(self) -> int:
@@ -55,6 +64,15 @@ class EPGroup:
         if self._secret is None:
             self._secret = self.gather(secrets.randbits(63))[0]
         return self._secret
+
+    @property
+    def known_secret(self) -> int | None:
+        """`secret`, if it was agreed on; not collective."""
+        return self._secret
+
+    def adopt(self, members: "EPGroup", secret: int) -> None:
+        """The secret of those who were here before, for this group and its members."""
+        self._secret = members._secret = secret
 
     @classmethod
     def of(cls, group: "EPGroup | dist.ProcessGroup | None") -> "EPGroup":
@@ -93,25 +111,24 @@ class EPGroup:
         """Ranks that share a torch Store (FileStore, TCPStore, HashStore). `name` keeps groups on one store apart."""
         if not 0 <= rank < num_ranks:
             raise ArgumentError(f"rank: expected 0 <= rank < {num_ranks}, got {rank}")
-        sequence = iter(range(1 << 62))
+        made = cls(
+            rank, num_ranks, gather_over(store, rank, range(num_ranks), name, timeout_s), name
+        )
+        made._store = store
+        return made
+
+    def of_members(self, members: Sequence[int], name: str, timeout_s: float) -> "EPGroup":
+        """The same ranks, of which only `members` are present: gathers over the Store under `name`."""
+        found = gather_over(self.store, self.rank, members, name, timeout_s)
 
         def gather(value: Any) -> list[Any]:
-            step = next(sequence)
-            keys = [f"moe_comm/{name}/{step}/{r}" for r in range(num_ranks)]
-            store.set(keys[rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes work, the stub says str
-            try:
-                store.wait(keys, datetime.timedelta(seconds=timeout_s))
-            except RuntimeError:  # DistStoreError is one; FileStore raises the bare class
-                missing = [r for r in range(num_ranks) if not store.check([keys[r]])]
-                if not missing:
-                    raise
-                raise PeerTimeout(
-                    f"group {name!r}, step {step}: rank {rank} waited {timeout_s:.1f} s for ranks {missing}"
-                ) from None
-            return [pickle.loads(store.get(key)) for key in keys]
+            values: list[Any] = [None] * self.num_ranks
+            for r, theirs in zip(members, found(value), strict=True):
+                values[r] = theirs
+            return values
 
-        made = cls(rank, num_ranks, gather, name)
-        made._store = store
+        made = EPGroup(self.rank, self.num_ranks, gather, self.name)
+        made.engines, made.lock, made._secret = self.engines, self.lock, self._secret
         return made
 
     @classmethod
@@ -119,6 +136,30 @@ class EPGroup:
         """One EPGroup for each of `num_ranks` threads of this process."""
         store = dist.HashStore()
         return [cls.from_store(store, r, num_ranks, name=name) for r in range(num_ranks)]
+
+
+def gather_over(
+    store: "dist.Store", rank: int, members: Sequence[int], name: str, timeout_s: float
+) -> Callable[[Any], list[Any]]:
+    """A gather of the members' values, in their order. Raises PeerTimeout naming who is missing."""
+    sequence = iter(range(1 << 62))
+
+    def gather(value: Any) -> list[Any]:
+        step = next(sequence)
+        keys = {r: f"moe_comm/{name}/{step}/{r}" for r in members}
+        store.set(keys[rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes work, the stub says str
+        try:
+            store.wait(list(keys.values()), datetime.timedelta(seconds=timeout_s))
+        except RuntimeError:  # DistStoreError is one; FileStore raises the bare class
+            missing = [r for r in members if not store.check([keys[r]])]
+            if not missing:
+                raise
+            raise PeerTimeout(
+                f"group {name!r}, step {step}: rank {rank} waited {timeout_s:.1f} s for ranks {missing}"
+            ) from None
+        return [pickle.loads(store.get(key)) for key in keys.values()]
+
+    return gather
 
 
 class _ProcessGroup(EPGroup):
@@ -130,6 +171,10 @@ class _ProcessGroup(EPGroup):
 
         super().__init__(dist.get_rank(group), dist.get_world_size(group), gather, group.group_name)
         self.process_group = group
+
+    @property
+    def store(self) -> "dist.Store":
+        return distributed_c10d._get_process_group_store(self.process_group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,29 +231,36 @@ class Survey:
     transports: tuple[str, ...]  # that every rank has
 
 
-def survey(group: EPGroup, ranks_per_node: int, agreed: dict[str, Any]) -> Survey:
+def survey(
+    group: EPGroup, ranks_per_node: int, agreed: dict[str, Any], home: tuple[int, ...] | None = None
+) -> Survey:
     """Collective. Finds the nodes by the functional probe, and checks that all ranks passed the same `agreed`.
 
+    `home`: node_of of an earlier survey, where this rank knows one: absent ranks stay with those they lived with.
     Raises: MismatchError naming the argument and both ranks; ArgumentError where `ranks_per_node` does not fit.
     """
     secret = group.secret
     probe = _engine.SharedBuffer(4096)
     memoryview(probe)[:8] = secret.to_bytes(8, "little")
-    facts = group.gather({"probe": probe.name, "agreed": agreed, "host": socket.gethostname()})
+    facts = group.gather(
+        {"probe": probe.name, "agreed": agreed, "host": socket.gethostname(), "home": home}
+    )
+    present = [r for r, fact in enumerate(facts) if fact is not None]
+    lowest = present[0]
     for name in agreed:
-        for r, theirs in enumerate(facts):
-            if theirs["agreed"].get(name) != facts[0]["agreed"].get(name):
+        for r in present:
+            if facts[r]["agreed"].get(name) != facts[lowest]["agreed"].get(name):
                 raise MismatchError(
-                    f"{name}: rank {r} passed {theirs['agreed'].get(name)!r}, "
-                    f"rank 0 passed {facts[0]['agreed'].get(name)!r}"
+                    f"{name}: rank {r} passed {facts[r]['agreed'].get(name)!r}, "
+                    f"rank {lowest} passed {facts[lowest]['agreed'].get(name)!r}"
                 )
-    reach = [_engine.can_map(fact["probe"], secret) for fact in facts]
+    reach = [fact is not None and bool(_engine.can_map(fact["probe"], secret)[0]) for fact in facts]
     available = [t["name"] for t in _engine.transports() if t["available"]]
-    answers = group.gather(([ok for ok, _ in reach], available))
-    can = [answer[0] for answer in answers]
-    transports = tuple(name for name in available if all(name in answer[1] for answer in answers))
+    answers = group.gather((reach, available))
     num_ranks = group.num_ranks
-    one_host = all(all(row) for row in can)
+    can = [[False] * num_ranks if answer is None else answer[0] for answer in answers]
+    transports = tuple(name for name in available if all(name in answers[r][1] for r in present))
+    one_host = all(can[a][b] for a in present for b in present)
     if ranks_per_node:
         if num_ranks % ranks_per_node:
             raise ArgumentError(
@@ -221,14 +273,31 @@ def survey(group: EPGroup, ranks_per_node: int, agreed: dict[str, Any]) -> Surve
         for node in nodes:
             for a in node:
                 for b in node:
-                    if not can[a][b]:
+                    if a in present and b in present and not can[a][b]:
                         raise ArgumentError(
                             f"ranks_per_node: {ranks_per_node} puts ranks {a} and {b} on one node, but rank {a} "
                             f"({facts[a]['host']}) cannot map the memory of rank {b} ({facts[b]['host']})"
                         )
     else:
         nodes = _nodes_of(can)
+        homes = [facts[r]["home"] for r in present if facts[r]["home"]]
+        if len(present) < num_ranks and homes:
+            nodes = _with_absent(nodes, set(present), homes[0])
     return Survey(Topology.from_nodes(group.rank, nodes), one_host, transports)
+
+
+def _with_absent(
+    nodes: list[list[int]], present: set[int], home: tuple[int, ...]
+) -> list[list[int]]:
+    """Each absent rank joins the node of those it lived with, so that nodes of one size stay so."""
+    nodes = [[r for r in node if r in present] for node in nodes]
+    nodes = [node for node in nodes if node]
+    for r in range(len(home)):
+        if r in present:
+            continue
+        mates = [node for node in nodes if any(home[m] == home[r] for m in node)]
+        mates[0].append(r) if len(mates) == 1 else nodes.append([r])
+    return nodes
 
 
 def _nodes_of(can: list[list[bool]]) -> list[list[int]]:

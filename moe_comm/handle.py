@@ -40,6 +40,7 @@ class Handle:
     forward_tokens: Tensor  # [sum of forward_counts]
     forward_rows: Tensor  # [sum of forward_counts, G]
     tokens_per_expert: Tensor  # [L] int64
+    generation: int = 0  # of the Buffer: a recovery ends the handles before it
     complete: bool = True
 
     @property
@@ -52,7 +53,7 @@ class Handle:
         same, as an op may not return one tensor twice; empty tables are shared otherwise."""
         numbers = [
             self.group_key, self.number, self.rank, HOPS.index(self.hops), LAYOUTS.index(self.layout),
-            self.num_experts, self.topk, self.num_tokens, self.num_places,
+            self.num_experts, self.topk, self.num_tokens, self.num_places, self.generation,
             len(self.place_shape), *self.place_shape,
             len(self.tokens_of), *self.tokens_of, len(self.totals), *self.totals,
             len(self.forward_counts), *self.forward_counts,
@@ -67,17 +68,28 @@ class Handle:
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> "Handle":
         numbers = tensors[0].tolist()
-        fields, at = numbers[:9], 9
+        fields, at = numbers[:10], 10
         lists = []
         for _ in range(4):
             length = numbers[at]
             lists.append(tuple(numbers[at + 1 : at + 1 + length]))
             at += 1 + length
-        group_key, number, rank, hops, layout, num_experts, topk, num_tokens, num_places = fields
+        (
+            group_key,
+            number,
+            rank,
+            hops,
+            layout,
+            num_experts,
+            topk,
+            num_tokens,
+            num_places,
+            generation,
+        ) = fields
         place_shape, tokens_of, totals, forward_counts = lists
         lane_rows, recv_tokens, positions, forward_tokens, forward_rows, counts = tensors[1:7]
         return cls(
             group_key, number, rank, HOPS[hops], LAYOUTS[layout], num_experts, topk, num_tokens, num_places,
             place_shape, tokens_of, totals, forward_counts, lane_rows, recv_tokens, positions,
-            forward_tokens, forward_rows, counts,
+            forward_tokens, forward_rows, counts, generation,
         )  # fmt: skip

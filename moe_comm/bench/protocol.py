@@ -264,7 +264,9 @@ def _cpu() -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     """What does not change while a benchmark runs: commit, host, versions, command line."""
     commit = _run("git", "rev-parse", "--short=12", "HEAD")
-    if commit and _run("git", "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results"):
+    if commit and _run(
+        "git", "status", "--porcelain", "--untracked-files=no", "--", ":!bench/results"
+    ):
         commit += "-dirty"
     packages = ("moe_comm", "torch", "numpy", "mpi4py", "mpich", "deep_ep")
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
