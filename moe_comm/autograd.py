@@ -137,7 +137,7 @@ def _(
     if topk_weights is not None:
         weights_shape = (rows, topk) if layout == "rank" else shape
     passed = context.new_dynamic_size() if nodes > 1 and made.hops == "node" else 0
-    meta = 9 + 1 + len(shape) + 2 * (1 + num_ranks) + 1 + nodes
+    meta = Handle.num_numbers(len(shape), num_ranks, nodes)
     handle = [
         x.new_empty((meta,), dtype=torch.int64),
         x.new_empty((x.shape[0], made.native.num_lanes), dtype=int32),

@@ -65,6 +65,11 @@ class Handle:
         own = [table if table.numel() else table.new_empty(table.shape) for table in tables]
         return [torch.tensor(numbers, dtype=torch.int64), *own]
 
+    @staticmethod
+    def num_numbers(place_dims: int, num_ranks: int, num_nodes: int) -> int:
+        """The length of the first of `to_tensors`: ten numbers, then four lists, each with its length."""
+        return 10 + 1 + place_dims + 2 * (1 + num_ranks) + 1 + num_nodes
+
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> "Handle":
         numbers = tensors[0].tolist()
