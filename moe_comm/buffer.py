@@ -89,7 +89,8 @@ class Buffer:
             timeout_s=timeout_s,
         )  # fmt: skip
         self.max_tokens = max_tokens
-        self._hops, self._home = hops, None
+        self._hops = hops
+        self._home: tuple[int, ...] | None = None  # node_of of the last generation
         self._sizes = (hidden, topk, num_experts, dtype)
         self._agreed = {
             "hidden": hidden, "topk": topk, "num_experts": num_experts, "dtype": str(dtype), "hops": hops,

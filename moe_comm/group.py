@@ -174,6 +174,7 @@ class _ProcessGroup(EPGroup):
 
     @property
     def store(self) -> "dist.Store":
+        assert self.process_group is not None
         return distributed_c10d._get_process_group_store(self.process_group)
 
 
