@@ -15,8 +15,11 @@ OPTIONS = {"hidden": 64, "topk": 3, "num_experts": 8}
 SHAPES = [("node", 4), ("node", 2), ("rank", 2), ("rank", 1)]
 
 
-def _case(seed=0):
-    return make_case(4, seed=seed, tokens=[6, 9, 0, 5], topk=3, num_experts=8, none=0.05)
+def _case(seed=0, num_ranks=4):
+    tokens = [6, 9, 0, 5] * (num_ranks // 4)
+    return make_case(
+        num_ranks, seed=seed, tokens=tokens, topk=3, num_experts=2 * num_ranks, none=0.05
+    )
 
 
 def _without(case, dead):
@@ -34,9 +37,9 @@ def _without(case, dead):
     return Case(xs, idx, weights, case.num_experts)
 
 
-def _check(buffer, rank, dead, seed=0, hops="rank", node_of=None):
+def _check(buffer, rank, dead, seed=0, hops="rank", node_of=None, num_ranks=4):
     """A round trip of the whole case; results as if the dead had no tokens and no experts."""
-    case = _case(seed)
+    case = _case(seed, num_ranks)
     want = expected(_without(case, dead))
     got = dispatch(buffer, case, rank)
     check_dispatched(got, want, rank)
