@@ -261,6 +261,7 @@ void bind_exchange(py::module_& m) {
              s.local_of = shape["local_of"].cast<std::vector<uint32_t>>();
              s.rank_of = shape["rank_of"].cast<std::vector<uint32_t>>();
              s.absent = shape["absent"].cast<std::vector<bool>>();
+             s.mask_lost = shape["mask_lost"].cast<bool>();
              WindowOffsets o;
              const auto at = [&](const char* name) { return offsets[name].cast<uint64_t>(); };
              o = {at("beats"), at("commits"), at("releases"), at("sents"), at("slots"),
@@ -319,6 +320,8 @@ void bind_exchange(py::module_& m) {
            })
       .def("raise_fault", [](Self& self) { check(self.fault()); })
       .def_property_readonly("lost", &Self::lost)
+      .def_property_readonly("absent", [](const Self& self) { return self.absent(); })
+      .def("mask", &Self::mask)
       .def("close",
            [](Self& self, double seconds) { check(unlocked([&] { return self.close(seconds); })); })
       .def("stats", [](Self& self) {

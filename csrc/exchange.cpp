@@ -295,6 +295,19 @@ std::pair<uint32_t, uint32_t> Exchange::range_of_round(const Call& call, uint32_
 
 // --- waits ---------------------------------------------------------------------------------------
 
+void Exchange::mask(uint32_t rank) {
+  shape_.absent[rank] = true;
+  lane_of_rank_[rank] = -1;
+}
+
+// With hops="rank" pairs are independent of each other: one that fails need not end the others.
+Status Exchange::mask_or(uint32_t rank, Status status) {
+  const bool of_peer = status.code() == Code::kPeerLost || status.code() == Code::kPeerTimeout;
+  if (!shape_.mask_lost || !of_peer || fault_.raised() || rank == shape_.rank) return status;
+  mask(rank);
+  return {};
+}
+
 Status Exchange::wait(Counter& word, uint64_t target, const Waited& waited) {
   auto there = [&] { return word_at(word).load(std::memory_order_acquire) >= target; };  // H6, H7
   if (there()) return {};

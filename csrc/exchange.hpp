@@ -46,6 +46,7 @@ struct GroupShape {
   std::vector<uint32_t> node_of, local_of;  // [R]
   std::vector<uint32_t> rank_of;            // [N * G], by node, then local
   std::vector<bool> absent;                 // [R] lost or masked; only with hops="rank"
+  bool mask_lost = false;  // a rank that cannot be waited for is absent from then on, here
 };
 
 struct Timeouts {
@@ -164,8 +165,10 @@ class Exchange {
 
   void fail(const Status& status);  // ends the exchange for good: waits end, peers are told
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
+  const std::vector<bool>& absent() const { return shape_.absent; }
+  void mask(uint32_t rank);        // between calls; with mask_lost
   std::vector<bool> lost() const;  // [R] ended, or cut off; one that is stopped cannot be told
-  Status close(double seconds);  // goodbye: drains, tells the peers
+  Status close(double seconds);    // goodbye: drains, tells the peers
   const ExchangeStats& stats() const { return stats_; }
 
  private:
@@ -220,6 +223,7 @@ class Exchange {
   uint32_t num_local_experts(const Call& call) const;
 
   // waits
+  Status mask_or(uint32_t rank, Status status);
   Status wait(Counter& word, uint64_t target, const Waited& waited);
   Status look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start);
   std::string describe(const Waited& waited, double seconds) const;
@@ -254,6 +258,7 @@ class Exchange {
   };
   void unpack_slot(Call& call, uint32_t source, const std::byte* rows, uint32_t num_rows);
   void unpack_own(Call& call, uint32_t round);
+  void clear_rows(const Call& call, uint32_t source);
   void place_row(Call& call, uint32_t source, const RowView& row);
   void sum_tokens(Call& call, uint64_t epoch, uint32_t round);
   void sum_copies(const Call& call, uint64_t epoch, uint32_t round);

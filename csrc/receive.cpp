@@ -88,8 +88,10 @@ Status Exchange::wait_headers(Call& call) {
     const uint32_t writer =
         forwarded ? shape_.rank_of[my_node_ * shape_.node_ranks + shape_.local_of[source]] : source;
     const Waited waited{&call, epoch, writer, "header", forwarded ? call.timeouts.verdict_s : 0};
-    if (Status status = wait(commit_word(base_, epoch, source), epoch, waited); !status.ok())
+    if (Status status = mask_or(source, wait(commit_word(base_, epoch, source), epoch, waited));
+        !status.ok())
       return status;
+    if (shape_.absent[source]) continue;
     const std::byte* window = slot(base_, source, epoch);
     const Header& header = header_of(window);
     check_header(call, header, epoch, source);
@@ -97,7 +99,8 @@ Status Exchange::wait_headers(Call& call) {
     if (!fresh || !call.failure.ok()) continue;
     call.tokens_of[source] = header.tokens;
     call.totals[source] = header.total_rows;
-    call.identity = mix_digest(call.identity, header.routing) >> 1;
+    // Ranks that may see different sets of sources agree on the epoch alone.
+    call.identity = shape_.mask_lost ? epoch : mix_digest(call.identity, header.routing) >> 1;
     if (header.status == kHeaderOk && call.error.ok()) {
       std::memcpy(call.expert_rows.data() + static_cast<size_t>(source) * L, window + kHeaderBytes,
                   L * sizeof(uint32_t));
@@ -160,8 +163,10 @@ Status Exchange::receive(Call& call, uint32_t round) {
     const uint32_t writer =
         remote ? shape_.rank_of[my_node_ * shape_.node_ranks + shape_.local_of[source]] : source;
     const Waited waited{&call, epoch, writer, "rows", remote ? call.timeouts.verdict_s : 0};
-    if (Status status = wait(commit_word(base_, epoch, source), epoch, waited); !status.ok())
+    if (Status status = mask_or(source, wait(commit_word(base_, epoch, source), epoch, waited));
+        !status.ok())
       return status;
+    if (shape_.absent[source]) continue;
     const std::byte* window = slot(base_, source, epoch);
     check_header(call, header_of(window), epoch, source);
   }
@@ -181,7 +186,10 @@ Status Exchange::receive(Call& call, uint32_t round) {
     } else {
       const size_t rows_at = kHeaderBytes + counts_bytes(call, false);
       for (uint32_t source = 0; source < shape_.num_ranks; ++source) {
-        if (shape_.absent[source]) continue;
+        if (shape_.absent[source]) {
+          clear_rows(call, source);
+          continue;
+        }
         const std::byte* window = slot(base_, source, epoch);
         if (source == shape_.rank && call.own_rows_direct) {
           unpack_own(call, round);
@@ -196,6 +204,24 @@ Status Exchange::receive(Call& call, uint32_t round) {
   if (Status status = wait(forwarded_until_, epoch, waited); !status.ok()) return status;
   release(epoch);
   return {};
+}
+
+// What a handle promises of a rank that is absent now: rows of zeros.
+void Exchange::clear_rows(const Call& call, uint32_t source) {
+  const uint32_t K = call.format.topk;
+  const auto clear = [&](size_t place) {
+    std::memset(call.out_x + place * call.format.payload_bytes, 0, call.format.payload_bytes);
+    if (call.format.scale_bytes)
+      std::memset(call.out_scales + place * call.format.scale_bytes, 0, call.format.scale_bytes);
+  };
+  for (size_t row = call.row_starts[source]; row < call.row_starts[source] + call.totals[source];
+       ++row) {
+    if (!call.expand) clear(row);
+    for (uint32_t k = 0; call.expand && k < K; ++k) {
+      if (const int32_t place = call.positions[row * K + k]; place >= 0)
+        clear(static_cast<size_t>(place));
+    }
+  }
 }
 
 void Exchange::unpack_slot(Call& call, uint32_t source, const std::byte* rows, uint32_t num_rows) {
@@ -358,7 +384,9 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
           add(static_cast<uint32_t>(lane_of_rank_[static_cast<size_t>(rank)]), terms, columns);
       }
     } else if (!shape_.hops_node) {
-      for (uint32_t r = 0; r < shape_.num_ranks; ++r) add(r, terms, columns);
+      for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+        if (!shape_.absent[r]) add(r, terms, columns);
+      }
     } else {
       for (uint32_t g = 0; g < shape_.node_ranks; ++g) add(g, local, local_columns);
       for (uint32_t n = 0; n < shape_.num_nodes; ++n) {
@@ -426,7 +454,7 @@ void Exchange::release(uint64_t epoch) {
       word_at(release_word(peers_[r].base, epoch, shape_.rank))
           .store(epoch, std::memory_order_release);  // H7
       ring(bell(peers_[r].base));
-    } else if (links_[r].present) {
+    } else if (links_[r].present && !shape_.absent[r]) {
       Transfer transfer{};
       transfer.channel = links_[r].release_channel;
       transfer.epoch = static_cast<uint32_t>(epoch & 0xffffu);

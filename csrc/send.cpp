@@ -44,6 +44,7 @@ Status Exchange::check_lanes(const Call& call) const {
       stamp[lane] = t + 1;
     }
     for (uint32_t lane = 0; lane < num_lanes_; ++lane) {
+      if (!shape_.hops_node && shape_.absent[lane]) continue;
       if (rows[lane] >= 0 && stamp[lane] != t + 1) return differs(t);
     }
   }
@@ -79,16 +80,16 @@ Header Exchange::verdict(const Call& call, uint64_t epoch, uint32_t origin,
 // The bank of this epoch may be written when its reader released the epoch before in it (H7).
 Status Exchange::await_credits(const Call& call, uint64_t epoch) {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
-    if (!is_local(r) && !links_[r].present) continue;
-    if (Status status = wait(release_word(base_, epoch, r), epoch - kNumBanks,
-                             {&call, epoch, r, "release of its bank"});
+    if (shape_.absent[r] || (!is_local(r) && !links_[r].present)) continue;
+    if (Status status = mask_or(r, wait(release_word(base_, epoch, r), epoch - kNumBanks,
+                                        {&call, epoch, r, "release of its bank"}));
         !status.ok()) {
       return status;
     }
-    if (!links_[r].present) continue;
+    if (shape_.absent[r] || !links_[r].present) continue;
     // Our own copy must have left the send region, too: the peer's release does not say so.
-    if (Status status = wait(sent_word(epoch, r), links_[r].pushed[epoch % kNumBanks],
-                             {&call, epoch, r, "completion of earlier writes to it"});
+    if (Status status = mask_or(r, wait(sent_word(epoch, r), links_[r].pushed[epoch % kNumBanks],
+                                        {&call, epoch, r, "completion of earlier writes to it"}));
         !status.ok()) {
       return status;
     }
@@ -184,7 +185,7 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   // Links first: the network works while we copy to our own node.
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     Link& link = links_[r];
-    if (!link.present) continue;
+    if (!link.present || shape_.absent[r]) continue;
     const uint64_t rows =
         pack(send_region(link, epoch), true, r, static_cast<uint32_t>(lane_of_rank_[r]), false);
     const size_t num_bytes = kHeaderBytes + counts_bytes(call, true) + rows * row_bytes;
@@ -272,7 +273,7 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
   if (!shape_.hops_node) {
     for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
       Link& link = links_[r];
-      if (!link.present) continue;
+      if (!link.present || shape_.absent[r]) continue;
       const uint32_t rows = pack(send_region(link, epoch), r);
       if (Status status = push(link, epoch, kHeaderBytes + rows * row_bytes); !status.ok())
         return status;

@@ -316,6 +316,13 @@ class Exchange:
 
     def raise_fault(self) -> None: ...
     @property
+    def absent(self) -> list[bool]:
+        """[R] not of this generation, or masked since."""
+
+    def mask(self, rank: int) -> None:
+        """That rank is absent from now on, for this one."""
+
+    @property
     def lost(self) -> list[bool]:
         """[R] absent, ended, cut off, or closed; a rank that is only stopped cannot be told."""
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from . import lifetime
 from ._engine import CallFormat
+from .arguments import Found, wrong
 from .combine import CombineRequest, PendingCombine
 from .config import Config
-from .dispatch import DispatchRequest, PendingDispatch, wrong
+from .dispatch import DispatchRequest, PendingDispatch
 from .errors import ArgumentError, ClosedError, MoeCommError, PeerLost, PeerTimeout, TransportError
 from .event import Event, Hook
 from .exchange import open_exchange
@@ -56,6 +57,11 @@ class Buffer:
         ranks_per_node: pretend nodes of so many consecutive ranks (MOE_COMM_RANKS_PER_NODE); 0: ask the machines.
         timeout_s: until a live but late peer is an error (MOE_COMM_TIMEOUT_S, 300); also bounds MOE_COMM_SILENCE_S.
         name: for `torch.library` ops, which know a Buffer by it; default unique in this process.
+        each_copy: windows for max_tokens tokens hold a row for each of their copies, so that `combine(each_copy=True)`
+            is one round, too.
+        mask_lost: a rank that is lost or late is masked and the call goes on without it: it has no tokens, tokens for
+            its experts are dropped, what it owed is left out of sums. Each rank masks for itself; a rank that others
+            masked will not hear from them. Needs hops="rank" and max_tokens that fit one round.
         rejoin: this process takes a dead rank's place: waits until the others `recover(expect=[rank])`.
 
     Raises: MismatchError if ranks pass different parameters; ArgumentError; TransportError with the reason.
@@ -78,6 +84,8 @@ class Buffer:
         ranks_per_node: int | None = None,
         timeout_s: float | None = None,
         name: str | None = None,
+        each_copy: bool = False,
+        mask_lost: bool = False,
         rejoin: bool = False,
     ):
         self._end: str | None = "was never opened"  # why it cannot be used
@@ -89,12 +97,18 @@ class Buffer:
             timeout_s=timeout_s,
         )  # fmt: skip
         self.max_tokens = max_tokens
-        self._hops = hops
+        if mask_lost and (hops != "rank" or max_tokens is None):
+            raise wrong("mask_lost", 'False without hops="rank" and max_tokens', mask_lost)
+        self._hops, self.mask_lost = hops, mask_lost
+        self._rows_per_token = (
+            min(topk, -(-num_experts // self.group.num_ranks)) if each_copy else 1
+        )
         self._home: tuple[int, ...] | None = None  # node_of of the last generation
         self._sizes = (hidden, topk, num_experts, dtype)
         self._agreed = {
             "hidden": hidden, "topk": topk, "num_experts": num_experts, "dtype": str(dtype), "hops": hops,
-            "max_tokens": max_tokens, "window_bytes": self.config.window_bytes, "transport": self.config.transport,
+            "max_tokens": max_tokens, "mask_lost": mask_lost, "each_copy": each_copy,
+            "window_bytes": self.config.window_bytes, "transport": self.config.transport,
             "ranks_per_node": self.config.ranks_per_node, "first_epoch": self.config.first_epoch,
         }  # fmt: skip
         self._lock = threading.RLock()
@@ -124,13 +138,13 @@ class Buffer:
             group.num_ranks, nodes, hops, window_bytes=self.config.window_bytes, row_bytes=row.row_bytes,
             num_experts=num_experts,
         )  # fmt: skip
-        if self.max_tokens is not None and self.max_tokens < layout.capacity:
+        rows = None if self.max_tokens is None else max(1, self.max_tokens * self._rows_per_token)
+        if rows is not None and rows < layout.capacity:
             layout = WindowLayout.for_rows(
-                group.num_ranks, nodes, hops, capacity=max(1, self.max_tokens), row_bytes=row.row_bytes,
-                num_experts=num_experts,
+                group.num_ranks, nodes, hops, capacity=rows, row_bytes=row.row_bytes, num_experts=num_experts
             )  # fmt: skip
-        opened = open_exchange(group, self.config, hops, found, layout, absent)
-        self.hops, self.layout, self._absent = hops, layout, absent
+        opened = open_exchange(group, self.config, hops, found, layout, absent, self.mask_lost)
+        self.hops, self.layout = hops, layout
         self.engine, self.native, self.topology = opened.engine, opened.native, opened.topology
         self._home = self.topology.node_of
         self.group_key = group.secret
@@ -300,6 +314,15 @@ class Buffer:
             received += 1
         self._counts["rounds"] += rounds
 
+    def require_one_round(self, capacity: int, deferred: bool) -> None:
+        """Raises ArgumentError unless max_tokens fit one round, where a call relies on that."""
+        if (deferred or self.mask_lost) and (self.max_tokens is None or self.max_tokens > capacity):
+            raise wrong(
+                "async_op" if deferred else "mask_lost",
+                f"window_bytes that hold max_tokens rows (one round of {capacity} rows)",
+                Found(f"max_tokens = {self.max_tokens}"),
+            )
+
     def _make_room(self) -> None:
         """Before epoch e is sent, every receive up to e - 2 is done: a rank must not wait for a bank of its own."""
         due = self.native.next_epoch - 2
@@ -369,8 +392,17 @@ class Buffer:
     # --- generations ---------------------------------------------------------------------------------
 
     def alive(self) -> tuple[bool, ...]:
-        """[R]: the ranks of this generation. A rank that died since is found by the next call, or by `recover`."""
-        return tuple(not absent for absent in self._absent)
+        """[R]: the ranks of this generation that are not masked. A rank that died since is found by the next call."""
+        return tuple(not absent for absent in self.native.absent)
+
+    def mask(self, rank: int) -> None:
+        """This rank goes on without `rank`, as if it were lost (`mask_lost`). Not collective; undone by `recover`."""
+        if not (isinstance(rank, int) and 0 <= rank < self.num_ranks and rank != self.rank):
+            raise wrong("rank", f"another rank of {self.num_ranks}", rank)
+        if not self.mask_lost:
+            raise wrong("mask_lost", "True, to mask ranks", False)
+        with self._lock:
+            self.native.mask(rank)
 
     def recover(
         self, *, mask: Collection[int] = (), expect: Collection[int] = (), timeout_s: float = 10.0

@@ -99,13 +99,7 @@ class PendingCombine:
         found = buffer.formats.get(key)
         if found is None:
             found = buffer.formats[key] = self._format(handle, y, columns is not None)
-        limit = buffer.max_tokens
-        if request.deferred and not (limit is not None and limit <= found.capacity):
-            raise wrong(
-                "async_op",
-                f"window_bytes that hold max_tokens rows for a hook (one round of {found.capacity} rows)",
-                Found(f"max_tokens = {limit}"),
-            )
+        buffer.require_one_round(found.capacity, request.deferred)
         num_tokens = handle.num_tokens
         if request.out is not None:
             out = self._check_summed("out", request.out, handle, y)

@@ -133,12 +133,7 @@ class PendingDispatch:
         found = buffer.formats.get(key)
         if found is None:
             found = buffer.formats[key] = self._format(weights is not None, handle is not None)
-        if request.deferred and not (limit is not None and limit <= found.capacity):
-            raise wrong(
-                "async_op",
-                f"window_bytes that hold max_tokens rows for a hook (one round of {found.capacity} rows)",
-                Found(f"max_tokens = {limit}"),
-            )
+        buffer.require_one_round(found.capacity, request.deferred)
         call = self.call = new_call(buffer, found, request.timeout_s, not request.deferred)
         if handle is None:
             self.lane_rows = torch.empty((num_tokens, buffer.native.num_lanes), dtype=torch.int32)

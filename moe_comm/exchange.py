@@ -48,6 +48,7 @@ def open_exchange(
     survey: Survey,
     layout: WindowLayout,
     absent: tuple[bool, ...] = (),
+    mask_lost: bool = False,
 ) -> OpenExchange:
     """Collective. Raises on every rank if one of them fails. `absent` [R]: not there; only with hops="rank"."""
     topology = survey.topology
@@ -55,7 +56,7 @@ def open_exchange(
         "rank": group.rank, "num_ranks": group.num_ranks, "num_nodes": topology.num_nodes,
         "node_ranks": topology.node_ranks, "hops_node": hops == "node", "node_of": topology.node_of,
         "local_of": topology.local_of, "rank_of": topology.rank_of,
-        "absent": absent or (False,) * group.num_ranks,
+        "absent": absent or (False,) * group.num_ranks, "mask_lost": mask_lost,
     }  # fmt: skip
     if hops == "node":
         linked = [

@@ -1,0 +1,177 @@
+"""mask_lost: a rank that dies or is late is left out inside the call, and the others go on without an exception."""
+
+import dataclasses
+import os
+import signal
+import time
+
+import pytest
+import torch
+from cases import check_dispatched, dispatch, expected, same
+from test_generations import OPTIONS, _case, _wait_for_all, _without
+
+import moe_comm
+from moe_comm import reference
+
+LAYOUTS = ["rank", "expert", "padded"]
+
+
+def _buffer(group, ranks_per_node, timeout_s=2.0, **more):
+    return moe_comm.Buffer(
+        group, hops="rank", ranks_per_node=ranks_per_node, mask_lost=True, max_tokens=16, timeout_s=timeout_s,
+        **OPTIONS, **more,
+    )  # fmt: skip
+
+
+def _of_layout(case, layout):
+    return dataclasses.replace(case, layout=layout, capacity=64 if layout == "padded" else None)
+
+
+def _combined(want, ys, dead):
+    """What the sources get if `dead` ranks send no results."""
+    copies = list(want.bookkeeping.copies)
+    for d in dead:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        copies[d] = reference.Copies(nothing, nothing, nothing)
+    bookkeeping = dataclasses.replace(want.bookkeeping, copies=tuple(copies))
+    return reference.combine(ys, bookkeeping, hops="rank").x
+
+
+def _check(buffer, rank, dead, layout, seed=0):
+    case = _of_layout(_without(_case(seed), dead), layout)
+    full = _of_layout(_case(seed), layout)  # what is passed: also experts of the dead
+    want = expected(case)
+    got = dispatch(buffer, full, rank)
+    check_dispatched(got, want, rank)
+    ys = [(x.float() * 1.5).to(x.dtype) for x in want.x]
+    assert same(buffer.combine(ys[rank], got.handle), _combined(want, ys, dead)[rank])
+    return got, want
+
+
+def _dies_between_calls(rank, group, ranks_per_node, layout, transport):
+    buffer = _buffer(group, ranks_per_node, transport=transport)
+    got, _ = _check(buffer, rank, (), layout)
+    _wait_for_all(group, rank, range(4), "first")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for seed in range(5):
+        _check(buffer, rank, (1,), layout, seed)
+    assert buffer.alive() == (True, False, True, True)
+    # An old handle still serves: the dead rank's rows are zeros, and its results are left out.
+    case = _of_layout(_case(), layout)
+    want = expected(case)
+    again = buffer.dispatch(case.xs[rank], handle=got.handle, layout=layout)
+    xs = [x.clone() for x in want.x]
+    token = want.bookkeeping.copies[rank].token
+    first = case.xs[0].shape[0]
+    of_dead = (token >= first) & (token < first + case.xs[1].shape[0])
+    xs[rank].view(-1, 64)[want.bookkeeping.copies[rank].row[of_dead]] = 0
+    assert same(again.x, xs[rank])
+    assert same(buffer.combine(want.x[rank], got.handle), _combined(want, want.x, (1,))[rank])
+    buffer.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_dead_rank_is_masked(run_ranks, ranks_per_node, layout):
+    run_ranks(_dies_between_calls, 4, ranks_per_node, layout, None, may_die=[1])
+
+
+def test_dead_rank_is_masked_over_tcp(run_ranks):
+    run_ranks(_dies_between_calls, 4, 2, "rank", "fabric:tcp;ofi_rxm", may_die=[1])
+
+
+def _dies_inside(rank, group, each_copy):
+    """Between its dispatch and its combine: its tokens were received, its results are missing."""
+    buffer = _buffer(group, 2, each_copy=each_copy)
+    case = _of_layout(_case(), "padded")
+    want = expected(case)
+    got = dispatch(buffer, case, rank)
+    check_dispatched(got, want, rank)
+    _wait_for_all(group, rank, range(4), "first")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    more = {"topk_idx": case.idx[rank], "each_copy": True} if each_copy else {}
+    y = buffer.combine(want.x[rank], got.handle, **more)
+    if each_copy:
+        dead_experts = [torch.where(i // 2 == 1, -1, i) for i in case.idx]
+        left = dataclasses.replace(case, idx=dead_experts)
+        want_left = expected(left)
+        back = reference.combine_by_lane(
+            want_left.x, want_left.bookkeeping, left.idx, 8, each_copy=True
+        )
+    else:
+        back = _combined(want, want.x, (1,))
+    assert same(y, back[rank])
+    buffer.close()
+
+
+@pytest.mark.parametrize("each_copy", [False, True])
+def test_dies_between_dispatch_and_combine(run_ranks, each_copy):
+    run_ranks(_dies_inside, 4, each_copy, may_die=[1])
+
+
+def _late(rank, group, ranks_per_node):
+    buffer = _buffer(group, ranks_per_node, timeout_s=1.0)
+    _check(buffer, rank, (), "rank")
+    pids = group.gather(os.getpid())
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        case = _case()
+        for _ in range(2):  # nobody sends to it any more: it is alone
+            got = dispatch(buffer, case, rank)
+        assert buffer.alive() == (False, True, False, False)
+        own = expected(_without(case, (0, 2, 3)))
+        check_dispatched(got, own, rank)
+        buffer.rejoin(timeout_s=20)
+    else:
+        start = time.monotonic()
+        for seed in range(6):
+            _check(buffer, rank, (1,), "rank", seed)
+        assert time.monotonic() - start < 10  # one deadline, not one for each call
+        group.store.set(f"masked/{rank}", "1")
+        if rank == 0:
+            group.store.wait(["masked/2", "masked/3"])
+            os.kill(pids[1], signal.SIGCONT)
+        for seed in range(20):
+            _check(buffer, rank, (1,), "rank", seed)
+        buffer.recover(expect=[1], timeout_s=20)
+    assert buffer.alive() == (True,) * 4
+    _check(buffer, rank, (), "expert", 3)
+    group.gather(None)
+    buffer.close()
+
+
+@pytest.mark.parametrize("ranks_per_node", [2, 4])
+def test_late_rank_is_masked_and_rejoins(run_ranks, ranks_per_node):
+    run_ranks(_late, 4, ranks_per_node)
+
+
+def _by_hand(rank, group):
+    buffer = _buffer(group, 2)
+    if rank != 3:
+        buffer.mask(3)
+        _check(buffer, rank, (3,), "rank")
+        assert buffer.alive() == (True, True, True, False)
+        with pytest.raises(moe_comm.ArgumentError, match="rank: expected another rank of 4"):
+            buffer.mask(rank)
+    group.gather(None)
+    buffer.close()
+
+
+def test_mask_by_hand(run_ranks):
+    run_ranks(_by_hand, 4)
+
+
+def _wrong(rank, group):
+    for more in ({"hops": "node", "max_tokens": 4}, {"hops": "rank"}):
+        with pytest.raises(moe_comm.ArgumentError, match="mask_lost: expected False without"):
+            moe_comm.Buffer(group, mask_lost=True, **more, **OPTIONS)
+    buffer = moe_comm.Buffer(group, hops="rank", **OPTIONS)
+    with pytest.raises(moe_comm.ArgumentError, match="mask_lost: expected True"):
+        buffer.mask(1 - rank)
+    buffer.close()
+
+
+def test_wrong_use(run_ranks):
+    run_ranks(_wrong, 2)
