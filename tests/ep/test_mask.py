@@ -86,12 +86,15 @@ def _dies_inside(rank, group, each_copy):
     buffer = _buffer(group, 2, each_copy=each_copy)
     case = _of_layout(_case(), "padded")
     want = expected(case)
+    more = {"topk_idx": case.idx[rank], "each_copy": True} if each_copy else {}
+    for _ in range(3):  # so that both banks hold something of the dead
+        got = dispatch(buffer, case, rank)
+        check_dispatched(got, want, rank)
+        buffer.combine(want.x[rank] + 1, got.handle, **more)
     got = dispatch(buffer, case, rank)
-    check_dispatched(got, want, rank)
     _wait_for_all(group, rank, range(4), "first")
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    more = {"topk_idx": case.idx[rank], "each_copy": True} if each_copy else {}
     y = buffer.combine(want.x[rank], got.handle, **more)
     if each_copy:
         dead_experts = [torch.where(i // 2 == 1, -1, i) for i in case.idx]
