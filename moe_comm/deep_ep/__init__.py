@@ -1,0 +1,15 @@
+"""DeepEP's names and signatures, of all its generations, on moe_comm; and nothing else.
+
+Importing it needs nothing and changes nothing: no GPU, no NIC, no environment variable. A name exists only if it works.
+"""
+
+import torch
+
+from .config import Config
+from .events import EventHandle, EventOverlap
+
+__version__ = "2.1.0"  # the generation of DeepEP that these names come from
+
+topk_idx_t = torch.int64  # the dtype of topk_idx
+
+__all__ = ["Config", "EventHandle", "EventOverlap", "topk_idx_t"]
