@@ -170,13 +170,15 @@ def test_torchrun(tmp_path: Path) -> None:
     script.write_text(
         "import deep_ep, sys, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
-        "print(f'rank {dist.get_rank()} of {dist.get_world_size()}', deep_ep.__version__, sys.argv[1:], flush=True)\n"
+        "text = f'rank {dist.get_rank()} of {dist.get_world_size()} {deep_ep.__version__} {sys.argv[1:]}'\n"
+        "open(f'{__file__}.{dist.get_rank()}', 'w').write(text)\n"
         "dist.destroy_process_group()\n"
     )
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    said = run(*launch, "-m", "moe_comm.as_deep_ep", str(script), "--flag")
+    run(*launch, "-m", "moe_comm.as_deep_ep", str(script), "--flag")
     for rank in range(2):
-        assert f"rank {rank} of 2 2.1.0 ['--flag']" in said
+        said = (tmp_path / f"script.py.{rank}").read_text()
+        assert said == f"rank {rank} of 2 2.1.0 ['--flag']"
 
 
 # --- MOE_COMM_AS_DEEP_EP, in a wheel and in an editable install -------------------------------------
