@@ -5,11 +5,22 @@ Importing it needs nothing and changes nothing: no GPU, no NIC, no environment v
 
 import torch
 
+from . import buffer, buffers, utils
 from .config import Config
 from .events import EventHandle, EventOverlap
+from .legacy import Buffer
 
 __version__ = "2.1.0"  # the generation of DeepEP that these names come from
 
 topk_idx_t = torch.int64  # the dtype of topk_idx
 
-__all__ = ["Config", "EventHandle", "EventOverlap", "topk_idx_t"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EventHandle",
+    "EventOverlap",
+    "topk_idx_t",
+    "buffer",
+    "buffers",
+    "utils",
+]

@@ -1,0 +1,5 @@
+"""*Source*: where DeepEP's second generation keeps its buffers."""
+
+from . import legacy
+
+__all__ = ["legacy"]
