@@ -24,3 +24,8 @@ __all__ = [
     "buffers",
     "utils",
 ]
+
+from .elastic import ElasticBuffer, get_logical_domain_size, get_physical_domain_size  # noqa: E402
+from .handle import EPHandle  # noqa: E402
+
+__all__ += ["ElasticBuffer", "EPHandle", "get_logical_domain_size", "get_physical_domain_size"]

@@ -1,5 +1,5 @@
 """*Source*: where DeepEP's second generation keeps its buffers."""
 
-from . import legacy
+from . import elastic, legacy
 
-__all__ = ["legacy"]
+__all__ = ["elastic", "legacy"]
