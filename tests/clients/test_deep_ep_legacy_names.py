@@ -74,7 +74,7 @@ SIGNATURES = {
     "EventOverlap": EVENT,
     "EventOverlap.current_stream_wait": "self | self | self release_handle=False",
     "EventOverlap.__call__": "self release_handle=False",
-    "EventOverlap.register_hook_after_wait": "self hook",
+    "EventOverlap.register_hook_after_wait": "self fn",
 }
 # Where our positional order cannot be all of theirs: these are passed by keyword, or told apart by their types.
 BY_KEYWORD = {"Buffer": {"use_fabric", "explicitly_destroy", "enable_shrink", "comm"}}
@@ -144,7 +144,7 @@ def test_events():
         assert entered is event
     seen = []
     event.register_hook_after_wait(lambda: seen.append(1))
-    with pytest.raises(ArgumentError, match="hook: expected none"):
+    with pytest.raises(ArgumentError, match="fn: expected none"):
         event.register_hook_after_wait(lambda: None)
     event.current_stream_wait()
     event.current_stream_wait()
