@@ -49,11 +49,11 @@ class EventOverlap:
         self.hook_after_wait: Callable[[], Any] | None = None
         self._release = False
 
-    def register_hook_after_wait(self, hook: Callable[[], Any]) -> None:
-        """Runs `hook` after the next wait. Raises: ArgumentError if there is one already."""
+    def register_hook_after_wait(self, fn: Callable[[], Any]) -> None:
+        """Runs `fn` after the next wait. Raises: ArgumentError if there is one already."""
         if self.hook_after_wait is not None:
-            raise wrong("hook", "none registered yet", self.hook_after_wait)
-        self.hook_after_wait = hook
+            raise wrong("fn", "none registered yet", self.hook_after_wait)
+        self.hook_after_wait = fn
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
         """Orders the current stream behind the event; then runs the hook; drops the event if `release_handle`.

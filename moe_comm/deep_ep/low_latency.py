@@ -20,6 +20,7 @@ from ..arguments import Found, wrong
 from ..buffer import Buffer
 from ..dispatch import COMBINE, DISPATCH, Dispatched
 from ..errors import ArgumentError, MismatchError, PeerError
+from ..event import Hook
 from ..group import EPGroup
 from ..handle import Handle
 from ..layout import RowFormat
@@ -77,6 +78,7 @@ class LowLatency:
         self.group = group
         self.buffer: Buffer | None = None
         self._sizes = Sizes(1, 16, 1, 1)
+        self._hooks: list[tuple[Buffer, Hook]] = []  # made by calls, maybe called since
         self._retired: list[Buffer] = []  # smaller ones, with open hooks
         self._combine_rows: Tensor | None = None
 
@@ -119,12 +121,17 @@ class LowLatency:
 
     def _retire(self) -> None:
         """The present Buffer makes room; one with open hooks is closed at a later growth."""
+        self._hooks = [(buffer, hook) for buffer, hook in self._hooks if not hook.done]
+        busy = [buffer for buffer, _ in self._hooks]
         candidates = [*self._retired, *([self.buffer] if self.buffer else [])]
-        self._retired = [buffer for buffer in candidates if buffer._unhooked]
+        self._retired = [buffer for buffer in candidates if buffer in busy]
         for buffer in candidates:
-            if not buffer._unhooked:
+            if buffer not in busy:
                 buffer.close()
         self.buffer = None
+
+    def _opened(self, buffer: Buffer, hook: Hook) -> None:
+        self._hooks = [*((b, h) for b, h in self._hooks if not h.done), (buffer, hook)]
 
     # --- dispatch --------------------------------------------------------------------------------
 
@@ -185,13 +192,14 @@ class LowLatency:
         if not hook:
             settle(got)
             return _column_major(got.x), recv_count, handle, None
-        packed = _column_major(_outputs(payload, local, capacity))
+        self._opened(buffer, got)
+        packed = _outputs(payload, local, capacity)
 
         def receive() -> None:
             if ticket.handle is None:
                 got()
                 settle(got.result)
-                _copy_rows(_column_major(got.result.x), packed, recv_count.tolist())
+                _copy_rows(got.result.x, packed, recv_count.tolist())
 
         return packed, recv_count, handle, receive
 
@@ -233,7 +241,10 @@ class LowLatency:
             if arguments is None:
                 raise ArgumentError(error)
         got = buffer.combine(**arguments, each_copy=True, async_op="hook" if hook else None)
-        return arguments["out"], got if hook else None
+        if not hook:
+            return arguments["out"], None
+        self._opened(buffer, got)
+        return arguments["out"], got
 
     def _combine_arguments(
         self,
@@ -370,9 +381,11 @@ def fill_sources(handle: Handle, src_info: Tensor, layout_range: Tensor) -> None
 
 
 def _outputs(payload: Any, num_local: int, capacity: int) -> Any:
-    """Zeros of the shapes of what a dispatch of `payload` returns."""
+    """Zeros of the shapes and strides of what a dispatch of `payload` returns."""
     if isinstance(payload, tuple):
-        return tuple(_outputs(part, num_local, capacity) for part in payload)
+        rows, scales = payload
+        flat = torch.zeros((num_local, scales.shape[1], capacity), dtype=scales.dtype)
+        return _outputs(rows, num_local, capacity), flat.transpose(1, 2)
     return torch.zeros((num_local, capacity, payload.shape[1]), dtype=payload.dtype)
 
 
@@ -381,7 +394,8 @@ def _column_major(packed: Any) -> Any:
     if not isinstance(packed, tuple):
         return packed
     rows, scales = packed
-    return rows, scales.transpose(1, 2).contiguous().transpose(1, 2)
+    flat = scales.new_empty((scales.shape[0], scales.shape[2], scales.shape[1]))
+    return rows, flat.transpose(1, 2).copy_(scales)
 
 
 def _copy_rows(source: Any, target: Any, counts: list[int]) -> None:

@@ -62,15 +62,19 @@ def cast_from_fp8(x: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16
 
 def pack_ue8m0(scales: Tensor) -> Tensor:
     """Powers of two, float32 [..., S] → int32 [..., ceil(S / 4)]; groups behind S are 0."""
-    exponents = scales.contiguous().view(torch.int32) >> 23
-    padded = torch.nn.functional.pad(exponents, (0, -scales.shape[-1] % 4)).to(torch.uint8)
-    return padded.contiguous().view(torch.int32)
+    exponents = scales.view(torch.int32) >> 23
+    padded = torch.nn.functional.pad(exponents, (0, -scales.shape[-1] % 4))
+    return (padded.unflatten(-1, (-1, 4)) << _byte_shifts(scales)).sum(-1, dtype=torch.int32)
 
 
 def unpack_ue8m0(packed: Tensor, num_groups: int) -> Tensor:
     """int32 [..., ceil(S / 4)] → float32 [..., S]."""
-    exponents = packed.contiguous().view(torch.uint8)[..., :num_groups].to(torch.int32)
-    return (exponents << 23).view(torch.float32)
+    exponents = (packed[..., None] >> _byte_shifts(packed)) & 0xFF
+    return (exponents.flatten(-2)[..., :num_groups] << 23).view(torch.float32)
+
+
+def _byte_shifts(like: Tensor) -> Tensor:
+    return torch.arange(0, 32, 8, dtype=torch.int32, device=like.device)
 
 
 def through_logfmt(x: Tensor) -> Tensor:
