@@ -29,3 +29,6 @@ from .elastic import ElasticBuffer, get_logical_domain_size, get_physical_domain
 from .handle import EPHandle  # noqa: E402
 
 __all__ += ["ElasticBuffer", "EPHandle", "get_logical_domain_size", "get_physical_domain_size"]
+from .hybrid_ep_buffer import HybridEPBuffer  # noqa: E402
+
+__all__ += ["HybridEPBuffer"]
