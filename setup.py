@@ -4,6 +4,9 @@ CUDA code is compiled at run time, and libfabric and libibverbs are opened at ru
 C++20 compiler is all this needs. Headers decide which backends are compiled; a backend without
 headers is left out, with one line saying so.
 
+Beside the packages lies moe_comm_as_deep_ep.pth, which python reads when it starts: it looks at one environment
+variable, and only if that asks makes `import deep_ep` find this package (moe_comm/alias.py).
+
 Rebuilds are incremental: objects stay in build/engine-*, `-MMD` files tell which are stale.
 """
 
@@ -19,6 +22,7 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 os.chdir(Path(__file__).resolve().parent)
 MIN_FABRIC = (1, 17)
@@ -56,6 +60,22 @@ def is_stale(obj: str, src: str) -> bool:
         return any(os.stat(f).st_mtime > built for f in [__file__, src, *files])
     except FileNotFoundError:  # a header is gone
         return True
+
+
+class BuildPackages(build_py):
+    """Adds the .pth: to what is installed in site-packages, be it the packages or, editable, the way to them."""
+
+    def run(self) -> None:
+        super().run()
+        directory = self.build_lib
+        if self.editable_mode:
+            directory = self.distribution.get_command_obj("install").install_lib
+        self.mkpath(directory)
+        self.copy_file("moe_comm/as_deep_ep.pth", f"{directory}/moe_comm_as_deep_ep.pth")
+
+    def get_outputs(self, include_bytecode: int = 1) -> list[str]:
+        extra = [] if self.editable_mode else [f"{self.build_lib}/moe_comm_as_deep_ep.pth"]
+        return [*super().get_outputs(include_bytecode), *extra]
 
 
 class BuildEngine(build_ext):
@@ -105,5 +125,5 @@ setup(
         "moe_comm.csrc",  # abi.hpp
     ],
     ext_modules=[engine],
-    cmdclass={"build_ext": BuildEngine},
+    cmdclass={"build_py": BuildPackages, "build_ext": BuildEngine},
 )

@@ -4,6 +4,7 @@ Importing it touches no GPU, no NIC and no environment variable.
 """
 
 from . import errors, reference
+from .alias import install_as_deep_ep
 from .autograd import CombineFunction, DispatchFunction, combine, dispatch
 from .buffer import Buffer
 from .dispatch import Dispatched
@@ -36,6 +37,7 @@ __all__ = [
     "combine",
     "dispatch",
     "empty_cache",
+    "install_as_deep_ep",
     "CombineFunction",
     "DispatchFunction",
     "ArgumentError",

@@ -25,13 +25,14 @@ GATHER_TIMEOUT_S = 300.0
 _process_groups: dict[
     str, "EPGroup"
 ] = {}  # by c10d's name: a Buffer's successor meets the same EPGroup
+_mpi_groups: list[tuple[Any, "EPGroup"]] = []  # likewise, by communicator
 
 
 class EPGroup:
     """R ranks and a way to gather small objects from all of them; used while Buffers are made, never by an exchange.
 
-    Make one by `EPGroup.of(process_group)`, `EPGroup.from_store(...)`, or `EPGroup.threads(n)` (ranks as threads of one
-    process: unit tests without processes).
+    Make one by `EPGroup.of(process_group)`, `EPGroup.from_store(...)`, `EPGroup.from_mpi(comm)`, or
+    `EPGroup.threads(n)` (ranks as threads of one process: unit tests without processes).
     """
 
     def __init__(self, rank: int, num_ranks: int, gather: Callable[[Any], list[Any]], name: str):
@@ -129,6 +130,24 @@ class EPGroup:
 
         made = EPGroup(self.rank, self.num_ranks, gather, self.name)
         made.engines, made.lock, made._secret = self.engines, self.lock, self._secret
+        return made
+
+    @classmethod
+    def from_mpi(cls, comm: Any, *, name: str = "mpi") -> "EPGroup":
+        """The ranks of an mpi4py communicator; the same EPGroup whenever this object is passed. Keeps it alive.
+
+        Raises: ArgumentError for what has no Get_rank, Get_size and allgather.
+        """
+        for known, made in _mpi_groups:
+            if known is comm:
+                return made
+        for method in ("Get_rank", "Get_size", "allgather"):
+            if not callable(getattr(comm, method, None)):
+                raise ArgumentError(
+                    f"comm: expected an mpi4py communicator, got {type(comm).__name__} without {method}"
+                )
+        made = cls(comm.Get_rank(), comm.Get_size(), comm.allgather, f"{name}{len(_mpi_groups)}")
+        _mpi_groups.append((comm, made))
         return made
 
     @classmethod

@@ -1,0 +1,5 @@
+"""*Source*: DeepEP's second generation's place of the first one's Buffer."""
+
+from ..legacy import Buffer, Config
+
+__all__ = ["Buffer", "Config"]

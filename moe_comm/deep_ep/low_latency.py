@@ -1,0 +1,408 @@
+"""Low-latency mode: a padded row per (token, expert), hooks, sums with the weights at the source.
+
+Over one `moe_comm.Buffer` with hops="rank", whose windows must hold all M tokens of a rank at once, because a hook
+receives one round. DeepEP names M (num_max_dispatch_tokens_per_rank), H, K and E only at the call, so the Buffer is
+made at the first call and made again when one of them grows. That is collective: all ranks pass the same M, H, K and E.
+Handles go on working; a Buffer with open hooks lives until they were called.
+
+Sums: float32 fused multiply-add in top-k order at the source, rounded once. LogFMT changes the values as DeepEP's wire
+format would; the bytes that travel are those of x still.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import Found, wrong
+from ..buffer import Buffer
+from ..dispatch import COMBINE, DISPATCH, Dispatched
+from ..errors import ArgumentError, MismatchError, PeerError
+from ..event import Hook
+from ..group import EPGroup
+from ..handle import Handle
+from ..layout import RowFormat
+from .normal import check_topk_idx
+from .quant import GROUP, cast_to_fp8, pack_ue8m0, through_logfmt
+from .refuse import or_refuse
+
+TOPK_OF_HINT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What windows are made for."""
+
+    tokens: int  # M
+    hidden_bytes: int  # of a row of x, or of a combine's
+    topk: int
+    experts: int
+
+    def holds(self, other: "Sizes") -> bool:
+        return self.union(other) == self
+
+    def union(self, other: "Sizes") -> "Sizes":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Sizes(*(max(pair) for pair in pairs))
+
+    def copies(self, num_ranks: int) -> int:
+        """Rows of one token that one rank may return."""
+        return min(self.topk, -(-self.experts // num_ranks))
+
+    def window_bytes(self, num_ranks: int) -> int:
+        """Enough for windows of M rows, whatever the nodes: 2 banks, R windows received and R sent."""
+        row = RowFormat.of_dispatch(
+            self.hidden_bytes * self.copies(num_ranks), 0, self.topk, weights=True
+        )
+        return 2 * 2 * num_ranks * self.tokens * row.row_bytes
+
+
+def size_hint(num_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    """Bytes of the windows for bfloat16 rows and top-k 8."""
+    return Sizes(num_tokens, 2 * hidden, TOPK_OF_HINT, num_experts).window_bytes(num_ranks)
+
+
+class Ticket:
+    """The end of a low-latency handle: ours. `handle` is None until the dispatch's hook was called."""
+
+    def __init__(self) -> None:
+        self.handle: Handle | None = None
+
+
+class LowLatency:
+    """The low-latency half of one `deep_ep.Buffer`."""
+
+    def __init__(self, group: EPGroup):
+        self.group = group
+        self.buffer: Buffer | None = None
+        self._sizes = Sizes(1, 16, 1, 1)
+        self._hooks: list[tuple[Buffer, Hook]] = []  # made by calls, maybe called since
+        self._retired: list[Buffer] = []  # smaller ones, with open hooks
+        self._combine_rows: Tensor | None = None
+
+    def close(self) -> None:
+        for buffer in (*self._retired, *([self.buffer] if self.buffer else [])):
+            buffer.close()
+        self._retired.clear()
+        self._combine_rows = None
+
+    # --- windows ---------------------------------------------------------------------------------
+
+    def _ready(self, sizes: Sizes | None, error: str | None) -> Buffer:
+        """The Buffer for a call of such sizes; made, if it must be. Collective then.
+
+        `sizes` None: this rank could not tell them, because of `error`; then so without a Buffer at all.
+        Raises on every rank if one has an error: ArgumentError, PeerError; MismatchError.
+        """
+        if self.buffer is not None and (sizes is None or self._sizes.holds(sizes)):
+            return self.buffer
+        answers = self.group.gather((sizes, error))
+        if error is not None:
+            raise ArgumentError(error)
+        for rank, (theirs, text) in enumerate(answers):
+            if text is not None:
+                raise PeerError(f"low-latency windows: rank {rank} raised: {text}")
+            if theirs != sizes:
+                raise MismatchError(
+                    f"low_latency_dispatch, low_latency_combine: rank {self.group.rank} needs {sizes}, "
+                    f"rank {rank} {theirs}"
+                )
+        assert sizes is not None
+        self._sizes = self._sizes.union(sizes)
+        self._retire()
+        self.buffer = Buffer(
+            self.group, hops="rank", max_tokens=self._sizes.tokens, topk=self._sizes.topk,
+            hidden=self._sizes.hidden_bytes * self._sizes.copies(self.group.num_ranks), dtype=torch.uint8,
+            num_experts=self._sizes.experts, window_bytes=self._sizes.window_bytes(self.group.num_ranks),
+        )  # fmt: skip
+        return self.buffer
+
+    def _retire(self) -> None:
+        """The present Buffer makes room; one with open hooks is closed at a later growth."""
+        self._hooks = [(buffer, hook) for buffer, hook in self._hooks if not hook.done]
+        busy = [buffer for buffer, _ in self._hooks]
+        candidates = [*self._retired, *([self.buffer] if self.buffer else [])]
+        self._retired = [buffer for buffer in candidates if buffer in busy]
+        for buffer in candidates:
+            if buffer not in busy:
+                buffer.close()
+        self.buffer = None
+
+    def _opened(self, buffer: Buffer, hook: Hook) -> None:
+        self._hooks = [*((b, h) for b, h in self._hooks if not h.done), (buffer, hook)]
+
+    # --- dispatch --------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        max_tokens: int,
+        num_experts: int,
+        *,
+        stats: Tensor | None,
+        cost_stats: Tensor | None,
+        use_fp8: bool,
+        round_scale: bool,
+        use_ue8m0: bool,
+        async_finish: bool,
+        hook: bool,
+    ) -> tuple[Any, Tensor, tuple, Callable[[], None] | None]:
+        """`Buffer.low_latency_dispatch` without its event."""
+        sizes, error = _sizes_of(x, topk_idx, max_tokens, num_experts), None
+        local = self._num_local(num_experts) if sizes else 0
+        payload: Any = None
+        idx = None
+        try:
+            _check_forms(async_finish, hook, "dispatch_wait_recv_cost_stats", cost_stats)
+            idx = check_topk_idx(topk_idx)
+            _check_dispatch(x, max_tokens, num_experts, use_fp8, round_scale, use_ue8m0)
+            if stats is not None:
+                check_stats(stats, local)
+            payload = x.detach()
+            if use_fp8:
+                rows, scales = cast_to_fp8(payload, round_scale=round_scale)
+                payload = (rows, pack_ue8m0(scales) if use_ue8m0 else scales)
+        except (AttributeError, ArithmeticError, TypeError, ValueError, RuntimeError) as caught:
+            error = str(caught)
+        buffer = self._ready(sizes, error)
+        with or_refuse(buffer, DISPATCH):
+            if error is not None:
+                raise ArgumentError(error)
+        capacity = buffer.num_ranks * max_tokens
+        got = buffer.dispatch(
+            payload, idx, num_experts=num_experts, layout="padded", capacity=max(1, capacity),
+            async_op="hook" if hook else None,
+        )  # fmt: skip
+        ticket = Ticket()
+        src_info = torch.full((local, capacity), -1, dtype=torch.int32)
+        layout_range = torch.zeros((local, buffer.num_ranks), dtype=torch.int64)
+        recv_count = torch.zeros(local, dtype=torch.int32)
+        handle = (src_info, layout_range, max_tokens, x.shape[1], num_experts, ticket)
+
+        def settle(result: Dispatched) -> None:
+            ticket.handle = result.handle
+            recv_count.copy_(result.tokens_per_expert)
+            fill_sources(result.handle, src_info, layout_range)
+            if stats is not None:
+                stats.add_(recv_count)
+
+        if not hook:
+            settle(got)
+            return _column_major(got.x), recv_count, handle, None
+        self._opened(buffer, got)
+        packed = _outputs(payload, local, capacity)
+
+        def receive() -> None:
+            if ticket.handle is None:
+                got()
+                settle(got.result)
+                _copy_rows(got.result.x, packed, recv_count.tolist())
+
+        return packed, recv_count, handle, receive
+
+    def _num_local(self, num_experts: int) -> int:
+        """Experts of this rank; fewer on the last ranks if R does not divide E."""
+        width = -(-num_experts // self.group.num_ranks)
+        return max(0, min(width, num_experts - self.group.rank * width))
+
+    # --- combine ---------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: tuple,
+        *,
+        use_logfmt: bool,
+        zero_copy: bool,
+        async_finish: bool,
+        hook: bool,
+        out: Tensor | None,
+        cost_stats: Tensor | None,
+    ) -> tuple[Tensor, Callable[[], None] | None]:
+        """`Buffer.low_latency_combine` without its event."""
+        sizes, error, arguments = None, None, None
+        try:
+            ours, max_tokens, num_experts = unpack_handle(handle)
+            if isinstance(x, Tensor) and x.dim() == 3:
+                sizes = Sizes(max_tokens, x.shape[2] * x.element_size(), ours.topk, num_experts)
+            _check_forms(async_finish, hook, "combine_wait_recv_cost_stats", cost_stats)
+            arguments = self._combine_arguments(
+                x, topk_idx, topk_weights, ours, use_logfmt, zero_copy, out
+            )  # fmt: skip
+        except (AttributeError, ArithmeticError, TypeError, ValueError, RuntimeError) as caught:
+            error = str(caught)
+        buffer = self._ready(sizes, error)
+        with or_refuse(buffer, COMBINE):
+            if arguments is None:
+                raise ArgumentError(error)
+        got = buffer.combine(**arguments, each_copy=True, async_op="hook" if hook else None)
+        if not hook:
+            return arguments["out"], None
+        self._opened(buffer, got)
+        return arguments["out"], got
+
+    def _combine_arguments(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Handle,
+        use_logfmt: bool,
+        zero_copy: bool,
+        out: Tensor | None,
+    ) -> dict[str, Any]:
+        if use_logfmt and zero_copy:
+            raise wrong("use_logfmt", "False with zero_copy", True)
+        if not isinstance(topk_weights, Tensor):
+            raise wrong("topk_weights", "float32 [T, K]", topk_weights)
+        places = handle.place_shape
+        if not (isinstance(x, Tensor) and x.dim() == 3 and x.shape[:2] == places):
+            raise wrong("x", f"[{places[0]}, {places[1]}, H]", x)
+        shape = (handle.num_tokens, x.shape[2])
+        if out is None:
+            out = torch.empty(shape, dtype=x.dtype)
+        elif not (out.shape == shape and out.dtype == x.dtype and out.is_contiguous()):
+            raise wrong("out", f"{x.dtype} {shape}, contiguous", out)
+        y = x.detach()
+        if zero_copy:
+            if self._combine_rows is None or self._combine_rows.shape != x.shape:
+                raise wrong(
+                    "zero_copy", "rows in get_next_low_latency_combine_buffer(handle)", True
+                )
+            y = self._combine_rows
+        if use_logfmt:
+            rows = y.reshape(-1, x.shape[2])
+            used = handle.positions[handle.positions >= 0].long()
+            y = torch.empty_like(rows)
+            y[used] = through_logfmt(rows[used])
+            y = y.view(x.shape)
+        return {
+            "y": y, "handle": handle, "topk_idx": check_topk_idx(topk_idx), "source_weights": topk_weights,
+            "out": out,
+        }  # fmt: skip
+
+    def next_combine_rows(self, handle: tuple) -> Tensor:
+        """bfloat16 [L, R·M, H], rows (2·H + 4·H/128) bytes apart; what the next combine with zero_copy sends.
+
+        Valid until that combine; its call has read it when it returns, hook or not.
+        """
+        ours, *_ = unpack_handle(handle)
+        shape = (*ours.place_shape, handle[3])
+        if self._combine_rows is None or self._combine_rows.shape != shape:
+            hidden = handle[3]
+            stride = hidden + 2 * -(-hidden // GROUP)
+            stride += -stride % 8  # whole rows of 16 bytes
+            flat = torch.zeros(shape[0] * shape[1] * stride, dtype=torch.bfloat16)
+            self._combine_rows = flat.as_strided(shape, (shape[1] * stride, stride, 1))
+        return self._combine_rows
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _sizes_of(x: Any, topk_idx: Any, max_tokens: Any, num_experts: Any) -> Sizes | None:
+    """Sizes of a dispatch, as far as its arguments allow."""
+    for matrix in (x, topk_idx):
+        if not (isinstance(matrix, Tensor) and matrix.dim() == 2 and matrix.shape[1]):
+            return None
+    for number in (max_tokens, num_experts):
+        if not (isinstance(number, int) and number >= 1):
+            return None
+    item = max(2, x.element_size())
+    return Sizes(max_tokens, x.shape[1] * item, topk_idx.shape[1], num_experts)
+
+
+def _check_dispatch(
+    x: Any, max_tokens: Any, num_experts: Any, use_fp8: Any, round_scale: Any, use_ue8m0: Any
+) -> None:
+    for name, number in (
+        ("num_max_dispatch_tokens_per_rank", max_tokens),
+        ("num_experts", num_experts),
+    ):
+        if not (isinstance(number, int) and number >= 1):
+            raise wrong(name, "an int >= 1", number)
+    if not (isinstance(x, Tensor) and x.dim() == 2 and x.is_floating_point()):
+        raise wrong("x", "bfloat16 [T, H]", x)
+    if len(x) > max_tokens:
+        raise wrong("x", f"at most num_max_dispatch_tokens_per_rank = {max_tokens} tokens", x)
+    if use_ue8m0 and not (use_fp8 and round_scale):
+        raise wrong("use_ue8m0", "False without use_fp8 and round_scale", True)
+
+
+def _check_forms(async_finish: bool, hook: bool, name: str, cost_stats: Any) -> None:
+    if async_finish and hook:
+        raise wrong("async_finish", "False with return_recv_hook", True)
+    if cost_stats is not None:
+        raise wrong(name, "None: waiting is not measured by source", cost_stats)
+
+
+def check_stats(stats: Any, num_local: int) -> None:
+    good = isinstance(stats, Tensor) and stats.dtype == torch.int32 and stats.shape == (num_local,)
+    if not good:
+        raise wrong("cumulative_local_expert_recv_stats", f"int32 [{num_local}]", stats)
+
+
+def unpack_handle(handle: Any) -> tuple[Handle, int, int]:
+    """Ours, M and E. Raises: ArgumentError for another handle, or one whose hook was not called yet."""
+    if not (isinstance(handle, tuple) and len(handle) == 6 and isinstance(handle[5], Ticket)):
+        found = Found(f"{len(handle)} things") if isinstance(handle, tuple) else handle
+        raise wrong("handle", "that of Buffer.low_latency_dispatch", found)
+    ours = handle[5].handle
+    if ours is None:
+        raise wrong(
+            "handle", "a dispatch that was received", Found("one whose hook was not called")
+        )
+    return ours, handle[2], handle[4]
+
+
+# --- outputs -------------------------------------------------------------------------------------
+
+
+def fill_sources(handle: Handle, src_info: Tensor, layout_range: Tensor) -> None:
+    """`src_info` [L, P]: the source token of each row; `layout_range` [L, R]: (first row << 32) + rows from a rank.
+
+    Rows of an expert are ordered by (source rank, source token).
+    """
+    num_local, num_ranks = layout_range.shape
+    if not num_local or not handle.num_recv_rows:
+        return
+    source = torch.repeat_interleave(torch.arange(num_ranks), torch.tensor(handle.totals))
+    row, lane = (handle.positions >= 0).nonzero(as_tuple=True)
+    place = handle.positions[row, lane].long()
+    src_info.view(-1)[place] = handle.recv_tokens[row]
+    blocks = place // src_info.shape[1] * num_ranks + source[row]
+    counts = torch.bincount(blocks, minlength=num_local * num_ranks).view(num_local, num_ranks)
+    layout_range.copy_(((counts.cumsum(1) - counts) << 32) + counts)
+
+
+def _outputs(payload: Any, num_local: int, capacity: int) -> Any:
+    """Zeros of the shapes and strides of what a dispatch of `payload` returns."""
+    if isinstance(payload, tuple):
+        rows, scales = payload
+        flat = torch.zeros((num_local, scales.shape[1], capacity), dtype=scales.dtype)
+        return _outputs(rows, num_local, capacity), flat.transpose(1, 2)
+    return torch.zeros((num_local, capacity, payload.shape[1]), dtype=payload.dtype)
+
+
+def _column_major(packed: Any) -> Any:
+    """A pair (rows, scales [L, P, S]) with scales stored as [L, S, P]; rows alone as they are."""
+    if not isinstance(packed, tuple):
+        return packed
+    rows, scales = packed
+    flat = scales.new_empty((scales.shape[0], scales.shape[2], scales.shape[1]))
+    return rows, flat.transpose(1, 2).copy_(scales)
+
+
+def _copy_rows(source: Any, target: Any, counts: list[int]) -> None:
+    """Each expert's received rows."""
+    if isinstance(source, tuple):
+        for part, into in zip(source, target, strict=True):
+            _copy_rows(part, into, counts)
+        return
+    for expert, count in enumerate(counts):
+        target[expert, :count].copy_(source[expert, :count])
