@@ -277,6 +277,11 @@ class ElasticBuffer:
                 stats += routes.tokens_per_expert.to(stats.dtype)
             rows, weights, ids = got.x, got.topk_weights, routes.topk_idx
         num_rows = handle.num_rows(expand)
+        if len(ids) > handle.num_recv_tokens:  # another rank has more tokens than our M
+            most = handle.num_max_tokens_per_rank
+            raise wrong(
+                "num_max_tokens_per_rank", "the most tokens of any rank, without CPU sync", most
+            )
         if isinstance(rows, tuple):
             sf = _lengthen(rows[1], num_rows, 0)
             if use_tma_aligned_col_major_sf:
