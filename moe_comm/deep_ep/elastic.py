@@ -237,7 +237,7 @@ class ElasticBuffer:
         called.
         """
         runtime = self._open()
-        expand = bool(do_expand)
+        expand, x = bool(do_expand), _contiguous(x)
         with or_refuse(runtime, DISPATCH):
             wait_for_event(previous_event)
             wait_for_event(previous_event_before_epilogue, "previous_event_before_epilogue")
@@ -277,6 +277,11 @@ class ElasticBuffer:
                 stats += routes.tokens_per_expert.to(stats.dtype)
             rows, weights, ids = got.x, got.topk_weights, routes.topk_idx
         num_rows = handle.num_rows(expand)
+        if len(ids) > handle.num_recv_tokens:  # another rank has more tokens than our M
+            most = handle.num_max_tokens_per_rank
+            raise wrong(
+                "num_max_tokens_per_rank", "the most tokens of any rank, without CPU sync", most
+            )
         if isinstance(rows, tuple):
             sf = _lengthen(rows[1], num_rows, 0)
             if use_tma_aligned_col_major_sf:
@@ -384,7 +389,7 @@ class ElasticBuffer:
             inner = routes.handle(expand)
             if positions is not None:
                 inner = _with_positions(inner, positions)
-            rows = _real_rows("x", x, inner.num_places, handle.num_rows(expand))
+            rows = _real_rows("x", _contiguous(x), inner.num_places, handle.num_rows(expand))
             weights = topk_weights
             if weights is not None:
                 weights = _real_rows(
@@ -442,6 +447,15 @@ def _event(is_async: bool) -> EventOverlap:
 def _check_handle(handle: Any) -> None:
     if not isinstance(handle, EPHandle):
         raise wrong("handle", "the EPHandle of a dispatch", handle)
+
+
+def _contiguous(x: Any) -> Any:
+    """x, or a pair with such a payload: a gradient may be one row, expanded."""
+    if isinstance(x, Tensor):
+        return x.contiguous()
+    if isinstance(x, (tuple, list)) and len(x) == 2 and isinstance(x[0], Tensor):
+        return x[0].contiguous(), x[1]
+    return x
 
 
 def _real_rows(name: str, value: Any, num_rows: int, num_padded: int) -> Tensor:

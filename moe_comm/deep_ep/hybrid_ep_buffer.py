@@ -372,6 +372,8 @@ class HybridEPBuffer:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, HybridEPConfig]:
         """(rows, weights by row, scales, config). `routing`: routing_map, probs, topk_idx, topk_weights."""
         runtime = self.runtime
+        if isinstance(hidden, Tensor):
+            hidden = hidden.contiguous()  # a gradient may be one row, expanded
         x = hidden if scales is None else (hidden, scales)
         if handle is not None:
             with or_refuse(runtime, DISPATCH):
@@ -464,7 +466,7 @@ class HybridEPBuffer:
         with or_refuse(self.runtime, COMBINE):
             if not (isinstance(hidden, Tensor) and hidden.dim() == 2 and len(hidden) == given):
                 raise wrong("hidden", f"[{given}, H]", hidden)
-            rows = _fit(hidden.detach(), num_rows)
+            rows = _fit(hidden.detach(), num_rows).contiguous()
             columns = None if columns is None else _fit(columns.float(), num_rows)
         out = self.runtime.combine(rows, routes.handle(expand), topk_weights=columns)
         if columns is None:
