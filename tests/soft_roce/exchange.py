@@ -77,7 +77,9 @@ def main() -> int:
             for rank, pid in enumerate(children)
             if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         ]
-    print(f"{transport}: {time.monotonic() - start:.1f} s after the imports; failed ranks: {failed}")
+    print(
+        f"{transport}: {time.monotonic() - start:.1f} s after the imports; failed ranks: {failed}"
+    )
     return 1 if failed else 0
 
 

@@ -7,8 +7,8 @@ QEMU emulates a CPU (TCG: no KVM needed), mounts this machine's / read-only over
 (10.77.0.1) and carries out what comes over a serial port. Programs run inside are those of this machine.
 
 Facts: Debian's *cloud* kernels have no rdma_rxe. It needs crc32_generic, or `rdma link add` says "No such file or
-directory". It refuses `lo`, hence a veth pair. /dev/kvm may be there and hang at boot, hence TCG. Everything inside is 10
-to 50 times slower than outside, and files come over 9p: importing torch takes a minute.
+directory". It refuses `lo`, hence a veth pair. /dev/kvm may be there and hang at boot, hence TCG. Everything inside is
+10 to 50 times slower than outside, and files come over 9p: importing torch takes a minute.
 """
 
 import gzip
@@ -183,23 +183,19 @@ class Machine:
     def __init__(self, memory_mb: int = MEMORY_MB):
         build()
         self.console = BUILD / "console.log"  # the kernel's messages
-        self._log = open(BUILD / "qemu.log", "w")
-        self._qemu = subprocess.Popen(
-            [
-                *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"),
-                *("-m", str(memory_mb), "-nodefaults", "-display", "none", "-no-reboot"),
-                *("-kernel", str(BUILD / "vmlinuz"), "-initrd", str(BUILD / "initramfs.gz")),
-                *("-append", "console=ttyS0 quiet panic=-1 oops=panic"),
-                *(
-                    "-virtfs",
-                    "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
-                ),
-                *("-serial", f"file:{self.console}", "-serial", "stdio"),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-        )
+        command = [
+            *("qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"),
+            *("-m", str(memory_mb), "-nodefaults", "-display", "none", "-no-reboot"),
+            *("-kernel", str(BUILD / "vmlinuz"), "-initrd", str(BUILD / "initramfs.gz")),
+            *("-append", "console=ttyS0 quiet panic=-1 oops=panic"),
+            "-virtfs",
+            "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
+            *("-serial", f"file:{self.console}", "-serial", "stdio"),
+        ]
+        with open(BUILD / "qemu.log", "w") as log:
+            self._qemu = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            )
         self._left = b""
         try:
             self._read_until_mark(BOOT_S, show=False)
@@ -245,7 +241,7 @@ class Machine:
     def stop(self) -> None:
         self._qemu.kill()
         self._qemu.wait()
-        for stream in (self._qemu.stdin, self._qemu.stdout, self._log):
+        for stream in (self._qemu.stdin, self._qemu.stdout):
             if stream:
                 stream.close()
 
