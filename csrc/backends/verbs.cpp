@@ -414,8 +414,12 @@ void VerbsTransport::take_wake_ups() {
 
 size_t VerbsTransport::take_events(std::span<Completion> out, size_t n) {
   std::vector<Completion>& events = peers_.events;
-  while (n < out.size() && events_taken_ < events.size())
-    out[n++] = std::move(events[events_taken_++]);
+  while (n < out.size() && events_taken_ < events.size()) {
+    Completion& event = out[n++] = std::move(events[events_taken_++]);
+    const bool is_end =
+        event.kind == Completion::Kind::kPeerLost || event.kind == Completion::Kind::kPeerRefused;
+    if (is_end) end_peer(static_cast<uint32_t>(event.peer), event.status);  // adds events
+  }
   if (events_taken_ == events.size()) {
     events.clear();
     events_taken_ = 0;

@@ -304,13 +304,15 @@ Result<PeerId> VerbsPeers::connect(const Address& address) {
   return PeerId{index};
 }
 
+void VerbsPeers::send_bye(uint32_t index) {
+  VerbsHello bye = make_hello(index);
+  bye.kind = HelloKind::kBye;
+  send(bye, peers_[index].name);
+}
+
 void VerbsPeers::close(uint32_t index) {
   Peer& peer = peers_[index];
-  if (peer.state != Peer::kLost) {
-    VerbsHello bye = make_hello(index);
-    bye.kind = HelloKind::kBye;
-    send(bye, peer.name);
-  }
+  if (peer.state != Peer::kLost) send_bye(index);
   std::erase(connecting_, index);
   peer.state = Peer::kClosed;
   peer.watch.reset();
@@ -322,7 +324,10 @@ void VerbsPeers::settle(uint32_t index, Completion::Kind kind, const Status& sta
   if (peer.state == Peer::kLost || peer.state == Peer::kClosed) return;
   std::erase(connecting_, index);
   peer.state = kind == Completion::Kind::kPeerReady ? Peer::kReady : Peer::kLost;
-  if (peer.state == Peer::kLost) peer.watch.reset();
+  if (peer.state == Peer::kLost) {
+    peer.watch.reset();
+    send_bye(index);  // if it lives, it has queue pairs of ours
+  }
   auto& list = kind == Completion::Kind::kPeerLost ? losses_ : events;
   Completion& event = list.emplace_back();
   event.kind = kind;

@@ -125,6 +125,7 @@ class VerbsPeers {
   void on_bye(const VerbsHello& hello);
   void dismiss(const std::function<bool(const Guest&)>& is_leaving);
   Status admit(const VerbsHello& hello, VerbsHello* answer);
+  void send_bye(uint32_t index);
   void say_bye();
   std::unique_ptr<ProcessWatch> watch(const VerbsName& name, bool* ended) const;
   Status error(const std::string& call, int rc) const { return Status::from_errno(call, rc); }
