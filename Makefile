@@ -17,7 +17,7 @@ ifeq ($(origin CXX),default)
 CXX := g++
 endif
 
-.PHONY: help demo test test-clients bench lint lint-types clean
+.PHONY: help demo test test-clients test-rdma bench lint lint-types clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
@@ -34,6 +34,13 @@ test-clients: ## the frameworks that use this package
 	@if [ -d tests/clients ]; then \
 	    .dev/setup.sh test && $(PYTEST) -q -ra --maxfail=5 tests/clients $(ARGS); \
 	else echo "test-clients: there is no tests/clients yet, nothing to run"; fi
+
+test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
+	@rm -f build/test-rdma.skipped
+	@.dev/setup.sh test
+	@$(PYTEST) -q -ra --maxfail=10 --durations=5 tests/soft_roce $(ARGS)
+	@if [ -e build/test-rdma.skipped ]; then \
+	    echo "test-rdma: SKIPPED: $$(cat build/test-rdma.skipped)" >&2; exit 77; fi
 
 bench: ## dispatch and combine against other ways to do it
 	@.dev/setup.sh bench

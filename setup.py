@@ -28,17 +28,31 @@ os.chdir(Path(__file__).resolve().parent)
 MIN_FABRIC = (1, 17)
 
 
-def fabric_headers() -> tuple[bool, str]:
-    """(usable, why or why not): asks the preprocessor for the version in <rdma/fabric.h>."""
+def compiler(*arguments: str, source: str) -> subprocess.CompletedProcess[str]:
+    """Runs the C++ compiler on `source`. Without one, fails like one that fails."""
     cxx = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "g++")
     flags = shlex.split(os.environ.get("CPPFLAGS", "") + " " + os.environ.get("CFLAGS", ""))
-    command = [cxx[0], *flags, "-E", "-dM", "-x", "c++", "-"]
+    command = [cxx[0], *flags, *arguments, "-x", "c++", "-"]
     try:
-        probe = subprocess.run(
-            command, input="#include <rdma/fabric.h>\n", capture_output=True, text=True
-        )
+        return subprocess.run(command, input=source, capture_output=True, text=True)
     except OSError as error:
-        return False, f"{cxx[0]}: {error.strerror}"
+        return subprocess.CompletedProcess(command, 1, "", f"{cxx[0]}: {error.strerror}")
+
+
+def verbs_headers() -> tuple[bool, str]:
+    """(usable, why or why not): rdma-core 28 or newer knows relaxed ordering."""
+    source = "#include <infiniband/verbs.h>\nint flag = IBV_ACCESS_RELAXED_ORDERING;\n"
+    if compiler("-fsyntax-only", source=source).returncode:
+        return (
+            False,
+            "no infiniband/verbs.h of rdma-core 28 or newer (apt-get install libibverbs-dev)",
+        )
+    return True, "libibverbs headers"
+
+
+def fabric_headers() -> tuple[bool, str]:
+    """(usable, why or why not): asks the preprocessor for the version in <rdma/fabric.h>."""
+    probe = compiler("-E", "-dM", source="#include <rdma/fabric.h>\n")
     major = re.search(r"#define FI_MAJOR_VERSION (\d+)", probe.stdout)
     minor = re.search(r"#define FI_MINOR_VERSION (\d+)", probe.stdout)
     if probe.returncode or not (major and minor):
@@ -83,16 +97,15 @@ class BuildEngine(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = (
-            f"build/engine-{'fabric' if have_fabric else 'shm'}-{sys.implementation.cache_tag}"
-        )
+        backends = "-".join(name for name, (usable, _) in backends_found.items() if usable)
+        self.build_temp = f"build/engine-{backends or 'shm'}-{sys.implementation.cache_tag}"
 
 
-have_fabric, fabric_reason = fabric_headers()
-if have_fabric:
-    print(f"moe_comm: backends: shm, fabric ({fabric_reason})", flush=True)
-else:
-    print(f"moe_comm: backends: shm only; no fabric: {fabric_reason}", flush=True)
+backends_found = {"fabric": fabric_headers(), "verbs": verbs_headers()}
+parts = ["shm"]
+for name, (usable, reason) in backends_found.items():
+    parts.append(f"{name} ({reason})" if usable else f"no {name}: {reason}")
+print(f"moe_comm: backends: {', '.join(parts)}", flush=True)
 
 engine = Pybind11Extension(
     "moe_comm._engine",
@@ -100,7 +113,10 @@ engine = Pybind11Extension(
     depends=sorted(str(p) for p in Path("csrc").rglob("*.hpp")),
     include_dirs=["csrc"],
     cxx_std=20,
-    define_macros=[("MOE_COMM_HAVE_FABRIC", str(int(have_fabric)))],
+    define_macros=[
+        (f"MOE_COMM_HAVE_{name.upper()}", str(int(usable)))
+        for name, (usable, _) in backends_found.items()
+    ],
     # Sums are specified bit for bit: no fused multiply-add that depends on the CPU.
     extra_compile_args=[
         *("-O3", "-g1", "-fvisibility=hidden", "-ffp-contract=off", "-MMD"),

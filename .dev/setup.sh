@@ -69,11 +69,13 @@ hash_of() { find "$@" -type f -print0 2>/dev/null | LC_ALL=C sort -z | xargs -0 
 has_header() { "$CXX" -E -x c++ - >/dev/null 2>&1 <<<"#include <$1>"; }
 gcc_is_new() { [ "$("$CXX" -dumpversion 2>/dev/null | cut -d. -f1)" -ge 11 ] 2>/dev/null; }
 
-# What the engine is compiled from: sources, compiler, and the libfabric headers (they may be installed later).
+# What the engine is compiled from: sources, compiler, and the headers of libfabric and libibverbs (they may be
+# installed later).
 engine_key() {
-  local fabric
+  local fabric verbs
+  verbs=$(has_header infiniband/verbs.h && echo verbs || true)
   fabric=$("$CXX" -E -dM -x c++ - 2>/dev/null <<<'#include <rdma/fabric.h>' | grep -E 'FI_(MAJOR|MINOR)_VERSION ' || true)
-  echo "$PWD $(hash_of pyproject.toml setup.py csrc) $("$CXX" -dumpfullversion 2>/dev/null || true)" $fabric
+  echo "$PWD $(hash_of pyproject.toml setup.py csrc) $("$CXX" -dumpfullversion 2>/dev/null || true)" $fabric $verbs
 }
 torch_key=$TORCH
 deps_key="$TORCH $(hash_of pyproject.toml)"

@@ -529,6 +529,7 @@ PYBIND11_MODULE(_engine, m) {
   m.def("transports", [] {
     std::vector<py::dict> out{to_dict(probe_shm())};
     for (const TransportReport& report : probe_fabric()) out.push_back(to_dict(report));
+    out.push_back(to_dict(probe_verbs()));
     return out;
   });
 }

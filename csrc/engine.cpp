@@ -28,13 +28,19 @@ Result<RemoteRegion> parse_region(std::span<const std::byte> bytes) {
 }
 
 Result<std::unique_ptr<Engine>> Engine::open(const EngineOptions& options) {
-  Result<std::unique_ptr<Transport>> transport =
-      Status(Code::kInvalid, "transport: expected \"shm\" or \"fabric:<provider>\", got \"" +
-                                 options.transport + '"');
+  Result<std::unique_ptr<Transport>> transport = Status(
+      Code::kInvalid, "transport: expected \"shm\", \"fabric:<provider>\" or \"verbs\", got \"" +
+                          options.transport + '"');
   if (options.transport == "shm") {
     transport = open_shm(options.secret);
   } else if (options.transport.starts_with("fabric:")) {
     transport = open_fabric(options.secret, options.transport.substr(7), options.interface);
+  } else if (options.transport == "verbs") {
+    transport = open_verbs(options.secret, options.interface);
+  } else if (options.transport.starts_with("verbs:")) {  // the device, and then more settings
+    const std::string device = options.transport.substr(6);
+    transport = open_verbs(options.secret,
+                           options.interface.empty() ? device : device + "," + options.interface);
   }
   if (!transport.ok()) return transport.status();
   auto engine = std::make_unique<Engine>();

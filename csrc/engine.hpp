@@ -14,8 +14,9 @@
 namespace moe_comm {
 
 struct EngineOptions {
-  std::string transport = "shm";  // "shm", "fabric:<provider>"
-  std::string interface;  // device, interface or source address; empty: the backend's choice
+  std::string transport = "shm";  // "shm", "fabric:<provider>", "verbs", "verbs:<device>"
+  std::string interface;  // device, interface or source address (verbs: and settings); empty: the
+                          // backend's choice
   Secret secret = 0;
   uint64_t shard_bytes = 0;
   uint64_t chaos_seed = 0;  // 0: off; else the transport delays and reorders (tests)

@@ -99,6 +99,9 @@ Result<std::unique_ptr<Transport>> open_shm(Secret secret);
 // empty: provider's choice
 Result<std::unique_ptr<Transport>> open_fabric(Secret secret, const std::string& provider,
                                                const std::string& interface);
+// interface: a device and settings, "mlx5_0,gid=3": NOTE [verbs settings]; empty: the first device
+// with an active port
+Result<std::unique_ptr<Transport>> open_verbs(Secret secret, const std::string& interface);
 
 struct TransportReport {  // for `moe-comm doctor`
   std::string name;
@@ -108,5 +111,6 @@ struct TransportReport {  // for `moe-comm doctor`
 };
 TransportReport probe_shm();
 std::vector<TransportReport> probe_fabric();
+TransportReport probe_verbs();
 
 }  // namespace moe_comm

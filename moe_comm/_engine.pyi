@@ -100,7 +100,8 @@ class Engine:
         shard_bytes: int = 0,
         chaos_seed: int = 0,
     ) -> None:
-        """`transport`: "shm" or "fabric:<provider>". Peers with another `secret` (64 bits) are refused."""
+        """`transport`: "shm", "fabric:<provider>", "verbs" or "verbs:<device>". Peers with another `secret` (64 bits)
+        are refused."""
 
     @property
     def transport(self) -> str: ...

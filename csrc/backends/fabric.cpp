@@ -180,7 +180,7 @@ Status FabricTransport::open_endpoint() {
 }
 
 FabricTransport::~FabricTransport() {
-  if (!queue_ || info_.wait_fd < 0) return;
+  if (info_.address.empty() || info_.wait_fd < 0) return;  // not enabled: not to be polled
   shut_down_sockets(info_.wait_fd);  // NOTE [closing over tcp]
   std::vector<Completion> dropped(kBatch);
   const auto start = Clock::now();

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <fstream>
 
 #include "fabric_handles.hpp"
@@ -131,11 +132,24 @@ std::string join(const std::vector<std::string>& parts) {
   return text;
 }
 
+// NOTE [no registration cache] libfabric keeps registrations for reuse after they were closed
+// (verbs, efa): their keys would still open the memory that a region was withdrawn from. It reads
+// its settings when it first looks for providers. A user's own setting wins.
+void disable_registration_cache() {
+  static const bool once = [] {
+    setenv("FI_MR_CACHE_MAX_COUNT", "0", 0);
+    setenv("FI_EFA_MR_CACHE_ENABLE", "0", 0);
+    return true;
+  }();
+  (void)once;
+}
+
 }  // namespace
 
 // --- FabricLibrary -------------------------------------------------------------------------------
 
 Result<FabricLibrary> FabricLibrary::load() {
+  disable_registration_cache();
   void* handle = dlopen("libfabric.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (handle == nullptr) {
     return Status(

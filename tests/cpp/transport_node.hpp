@@ -32,9 +32,13 @@ inline std::string backend;  // from the command line
 
 inline bool is_fabric() { return backend.starts_with("fabric:"); }
 inline bool is_fabric_shm() { return backend == "fabric:shm"; }
+inline bool is_verbs() { return backend.starts_with("verbs"); }
+inline bool is_rdma() { return is_verbs() || backend.starts_with("fabric:verbs"); }
 
 inline Result<std::unique_ptr<Transport>> open_transport(Secret secret) {
   if (backend == "shm") return open_shm(secret);
+  if (is_verbs())
+    return open_verbs(secret, backend.substr(std::min(backend.size(), strlen("verbs:"))));
   std::string provider = backend.substr(strlen("fabric:")), interface;
   if (const size_t at = provider.find('@'); at != std::string::npos) {
     interface = provider.substr(at + 1);
@@ -50,16 +54,18 @@ inline Result<std::unique_ptr<Transport>> open_transport(Secret secret) {
 // --- memory --------------------------------------------------------------------------------------
 
 // Bytes peers may write: a shared segment for shm (or, if plain, ordinary memory), ordinary memory
-// else.
+// else. period: the same so many bytes over and over, because RDMA locks all it registers in
+// memory.
 class Buffer {
  public:
-  Buffer(Transport& transport, size_t num_bytes, bool plain = is_fabric()) {
+  Buffer(Transport& transport, size_t num_bytes, bool plain = backend != "shm", size_t period = 0) {
     if (plain) {
       void* data = mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       CHECK(data != MAP_FAILED);
       mapping_ = Mapping(data, num_bytes);
       bytes_ = mapping_.bytes();
+      if (period > 0) repeat(period);
     } else {
       auto segment = SharedSegment::create("transport_suite", num_bytes);
       CHECK(segment.ok(), segment.status().text());
@@ -94,6 +100,16 @@ class Buffer {
   }
 
  private:
+  void repeat(size_t period) {
+    const FileDescriptor file(memfd_create("transport_suite", MFD_CLOEXEC));
+    CHECK(file.get() >= 0 && ftruncate(file.get(), static_cast<off_t>(period)) == 0);
+    for (size_t offset = 0; offset < size(); offset += period) {
+      void* place = mmap(data() + offset, std::min(period, size() - offset), PROT_READ | PROT_WRITE,
+                         MAP_SHARED | MAP_FIXED, file.get(), 0);
+      CHECK(place == data() + offset);
+    }
+  }
+
   Mapping mapping_;
   std::unique_ptr<SharedSegment> segment_;
   std::span<std::byte> bytes_;
@@ -137,6 +153,9 @@ class Node {
   }
 
   bool wait(double seconds, const std::function<bool()>& ready) {
+    return wait_exactly(seconds * ranks::kSlowness, ready);
+  }
+  bool wait_exactly(double seconds, const std::function<bool()>& ready) {
     const auto start = ranks::Clock::now();
     while (!ready()) {
       if (seconds_since(start) > seconds) return false;
@@ -147,7 +166,7 @@ class Node {
     return true;
   }
   void spin(double seconds) {
-    wait(seconds, [] { return false; });
+    wait_exactly(seconds, [] { return false; });
   }
 
   std::vector<Bytes> all_gather(const Bytes& mine = {std::byte{1}}) {
@@ -210,7 +229,7 @@ class Node {
       Status status = try_write(peer, part, immediate);
       if (status.ok()) return next_id - 1;
       CHECK(status.code() == Code::kAgain, status.text());
-      CHECK(seconds_since(start) < 30, "the queue stayed full");
+      CHECK(seconds_since(start) < 30 * ranks::kSlowness, "the queue stayed full");
       progress();
     }
   }

@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = sorted((ROOT / "tests/cpp").glob("transport_*.cpp"))
-BACKENDS = ("shm", "fabric:tcp", "fabric:shm")
+# With a NIC: MOE_COMM_TEST_BACKENDS="verbs:mlx5_0 fabric:efa".
+MORE_BACKENDS = os.environ.get("MOE_COMM_TEST_BACKENDS", "").split()
+BACKENDS = ("shm", "fabric:tcp", "fabric:shm", *MORE_BACKENDS)
 CASES = [c for p in SUITE for c in re.findall(r'^    \{"(\w+)", \d', p.read_text(), re.MULTILINE)]
 COMPILE_S, CASE_S = 280, 110
 
@@ -83,7 +85,7 @@ def backend(request, suite) -> str:
     done = subprocess.run(
         [suite, request.param, "--probe"], capture_output=True, text=True, timeout=60
     )
-    if done.returncode == 3 and request.param != "shm":
+    if done.returncode == 3 and request.param not in ("shm", *MORE_BACKENDS):
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
     return request.param
