@@ -56,6 +56,7 @@ class Cache:
         return made
 
 
+@torch.inference_mode()
 def check_vllm_high_throughput(rank, group, num_ranks, store, node_of):
     cpu_group = open_gloo(rank, num_ranks, store)
     cache = Cache()
@@ -158,6 +159,7 @@ def unchanged(rows, topk_ids, weights):
     return total.to(rows.dtype)
 
 
+@torch.inference_mode()
 def check_vllm_low_latency(rank, group, num_ranks, store, node_of):
     cpu_group = open_gloo(rank, num_ranks, store)
     max_tokens, num_experts, hidden = 16, 2 * num_ranks, 2048
@@ -222,6 +224,7 @@ def test_vllm_low_latency(world):
 # --- sglang --------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def check_sglang(rank, group, num_ranks, store, node_of):
     """One buffer for both modes; the normal one with FP8 rows and counts aligned to 128."""
     process_group = open_gloo(rank, num_ranks, store)
@@ -347,6 +350,8 @@ def check_others(rank, group, num_ranks, store, node_of):
     assert Buffer.is_sm90_compiled()
     # prime-rl: everything by keyword, the cached call with each layout argument as None.
     layout = buffer.get_dispatch_layout(topk_idx=case.idx[rank], num_experts=case.num_experts)
+    narrow = buffer.get_dispatch_layout(case.idx[rank].int(), case.num_experts)
+    assert all((a is None and b is None) or same(a, b) for a, b in zip(layout[:4], narrow[:4]))
     names = (
         "num_tokens_per_rank",
         "num_tokens_per_rdma_rank",
