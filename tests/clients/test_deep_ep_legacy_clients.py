@@ -400,6 +400,17 @@ def check_others(rank, group, num_ranks, store, node_of):
     assert buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True).numel() == 0
     assert same(buffer.internode_combine(x, handle)[0], total)  # scratch is no window
     buffer.destroy()
+    # lmdeploy: one buffer for both modes, use_fp8 in the fifth place.
+    buffer = Buffer(
+        group=process_group, num_nvl_bytes=128, num_rdma_bytes=128, low_latency_mode=True, num_qps_per_rank=2
+    )  # fmt: skip
+    assert (buffer.group_size, buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (num_ranks, 128, 128)
+    for use_fp8 in (True, False):
+        packed, *_, hook = buffer.low_latency_dispatch(
+            case.xs[rank], case.idx[rank], 16, case.num_experts, use_fp8, async_finish=False, return_recv_hook=True
+        )  # fmt: skip
+        hook()
+        assert isinstance(packed, tuple) == use_fp8
     # All eleven in the order of the last first generation; ints for bools.
     buffer = Buffer(process_group, 128, 0, 0, 24, 1, 0, 0, 1, 0, None)
     assert buffer.explicitly_destroy is True and buffer.enable_shrink is False
