@@ -367,7 +367,8 @@ class Buffer:
             x: [T, H], T <= M; bfloat16, or another float. Cast to FP8 here unless use_fp8=False.
             topk_idx: int64 [T, K], −1: none.
             num_max_dispatch_tokens_per_rank, num_experts: the same on all ranks, like H and K.
-            cumulative_local_expert_recv_stats: int32 [L], the received counts are added to it.
+            cumulative_local_expert_recv_stats: int32 [L], the received counts are added to it. A bool here is use_fp8,
+                which stood fifth once.
             dispatch_wait_recv_cost_stats: must be None: waiting is not measured by source.
             round_scale: scales are powers of two; use_ue8m0 (with it): packed as bytes of their exponents.
             return_recv_hook: only send. Results may be used after the hook, which is the last value, was called. At
@@ -383,10 +384,13 @@ class Buffer:
         Raises: as `dispatch`.
         """
         low_latency = self._check_low_latency()
+        stats: Any = cumulative_local_expert_recv_stats
+        if isinstance(stats, bool):
+            stats, use_fp8 = None, stats
         packed, count, handle, hook = low_latency.dispatch(
             x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
-            stats=cumulative_local_expert_recv_stats, cost_stats=dispatch_wait_recv_cost_stats, use_fp8=use_fp8,
-            round_scale=round_scale, use_ue8m0=use_ue8m0, async_finish=async_finish, hook=return_recv_hook,
+            stats=stats, cost_stats=dispatch_wait_recv_cost_stats, use_fp8=use_fp8, round_scale=round_scale,
+            use_ue8m0=use_ue8m0, async_finish=async_finish, hook=return_recv_hook,
         )  # fmt: skip
         return packed, count, handle, _event(async_finish), hook
 

@@ -1,15 +1,11 @@
 """Low-latency mode: a padded row per (token, expert), hooks, sums with the weights at the source.
 
-Over one `moe_comm.Buffer` with hops="rank", whose windows must hold all M tokens of a rank at once, because a hook
-receives one round. DeepEP names M (num_max_dispatch_tokens_per_rank), H, K and E only at the call, so the Buffer is
-made at the first call and made again when one of them grows. That is collective: all ranks pass the same M, H, K and E.
-Handles go on working; a Buffer with open hooks lives until they were called.
+Over one `moe_comm.Buffer` with hops="rank", made at the first call and made again when calls grow (windows.py).
 
 Sums: float32 fused multiply-add in top-k order at the source, rounded once. LogFMT changes the values as DeepEP's wire
 format would; the bytes that travel are those of x still.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,44 +15,14 @@ from torch import Tensor
 from ..arguments import Found, wrong
 from ..buffer import Buffer
 from ..dispatch import COMBINE, DISPATCH, Dispatched
-from ..errors import ArgumentError, MismatchError, PeerError
-from ..event import Hook
 from ..group import EPGroup
 from ..handle import Handle
-from ..layout import RowFormat
 from .normal import check_topk_idx
 from .quant import GROUP, cast_to_fp8, pack_ue8m0, through_logfmt
-from .refuse import or_refuse
+from .refuse import WRONG
+from .windows import Sizes, Windows
 
 TOPK_OF_HINT = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What windows are made for."""
-
-    tokens: int  # M
-    hidden_bytes: int  # of a row of x, or of a combine's
-    topk: int
-    experts: int
-
-    def holds(self, other: "Sizes") -> bool:
-        return self.union(other) == self
-
-    def union(self, other: "Sizes") -> "Sizes":
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Sizes(*(max(pair) for pair in pairs))
-
-    def copies(self, num_ranks: int) -> int:
-        """Rows of one token that one rank may return."""
-        return min(self.topk, -(-self.experts // num_ranks))
-
-    def window_bytes(self, num_ranks: int) -> int:
-        """Enough for windows of M rows, whatever the nodes: 2 banks, R windows received and R sent."""
-        row = RowFormat.of_dispatch(
-            self.hidden_bytes * self.copies(num_ranks), 0, self.topk, weights=True
-        )
-        return 2 * 2 * num_ranks * self.tokens * row.row_bytes
 
 
 def size_hint(num_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
@@ -76,62 +42,13 @@ class LowLatency:
 
     def __init__(self, group: EPGroup):
         self.group = group
-        self.buffer: Buffer | None = None
-        self._sizes = Sizes(1, 16, 1, 1)
-        self._hooks: list[tuple[Buffer, Hook]] = []  # made by calls, maybe called since
-        self._retired: list[Buffer] = []  # smaller ones, with open hooks
+        self.windows = Windows(group)
         self._combine_rows: Tensor | None = None
 
     def close(self) -> None:
-        for buffer in (*self._retired, *([self.buffer] if self.buffer else [])):
-            buffer.close()
-        self._retired.clear()
+        """Frees the windows."""
+        self.windows.close()
         self._combine_rows = None
-
-    # --- windows ---------------------------------------------------------------------------------
-
-    def _ready(self, sizes: Sizes | None, error: str | None) -> Buffer:
-        """The Buffer for a call of such sizes; made, if it must be. Collective then.
-
-        `sizes` None: this rank could not tell them, because of `error`; then so without a Buffer at all.
-        Raises on every rank if one has an error: ArgumentError, PeerError; MismatchError.
-        """
-        if self.buffer is not None and (sizes is None or self._sizes.holds(sizes)):
-            return self.buffer
-        answers = self.group.gather((sizes, error))
-        if error is not None:
-            raise ArgumentError(error)
-        for rank, (theirs, text) in enumerate(answers):
-            if text is not None:
-                raise PeerError(f"low-latency windows: rank {rank} raised: {text}")
-            if theirs != sizes:
-                raise MismatchError(
-                    f"low_latency_dispatch, low_latency_combine: rank {self.group.rank} needs {sizes}, "
-                    f"rank {rank} {theirs}"
-                )
-        assert sizes is not None
-        self._sizes = self._sizes.union(sizes)
-        self._retire()
-        self.buffer = Buffer(
-            self.group, hops="rank", max_tokens=self._sizes.tokens, topk=self._sizes.topk,
-            hidden=self._sizes.hidden_bytes * self._sizes.copies(self.group.num_ranks), dtype=torch.uint8,
-            num_experts=self._sizes.experts, window_bytes=self._sizes.window_bytes(self.group.num_ranks),
-        )  # fmt: skip
-        return self.buffer
-
-    def _retire(self) -> None:
-        """The present Buffer makes room; one with open hooks is closed at a later growth."""
-        self._hooks = [(buffer, hook) for buffer, hook in self._hooks if not hook.done]
-        busy = [buffer for buffer, _ in self._hooks]
-        candidates = [*self._retired, *([self.buffer] if self.buffer else [])]
-        self._retired = [buffer for buffer in candidates if buffer in busy]
-        for buffer in candidates:
-            if buffer not in busy:
-                buffer.close()
-        self.buffer = None
-
-    def _opened(self, buffer: Buffer, hook: Hook) -> None:
-        self._hooks = [*((b, h) for b, h in self._hooks if not h.done), (buffer, hook)]
 
     # --- dispatch --------------------------------------------------------------------------------
 
@@ -165,20 +82,20 @@ class LowLatency:
             if use_fp8:
                 rows, scales = cast_to_fp8(payload, round_scale=round_scale)
                 payload = (rows, pack_ue8m0(scales) if use_ue8m0 else scales)
-        except (AttributeError, ArithmeticError, TypeError, ValueError, RuntimeError) as caught:
-            error = str(caught)
-        buffer = self._ready(sizes, error)
-        with or_refuse(buffer, DISPATCH):
-            if error is not None:
-                raise ArgumentError(error)
-        capacity = buffer.num_ranks * max_tokens
-        got = buffer.dispatch(
-            payload, idx, num_experts=num_experts, layout="padded", capacity=max(1, capacity),
-            async_op="hook" if hook else None,
-        )  # fmt: skip
+        except WRONG as caught:
+            error = str(caught) or type(caught).__name__
+        capacity = self.group.num_ranks * max_tokens if sizes else 0
+
+        def exchange(buffer: Buffer) -> Any:
+            return buffer.dispatch(
+                payload, idx, num_experts=num_experts, layout="padded", capacity=capacity,
+                async_op="hook" if hook else None,
+            )  # fmt: skip
+
+        got = self.windows.call(DISPATCH, sizes, error, exchange)
         ticket = Ticket()
         src_info = torch.full((local, capacity), -1, dtype=torch.int32)
-        layout_range = torch.zeros((local, buffer.num_ranks), dtype=torch.int64)
+        layout_range = torch.zeros((local, self.group.num_ranks), dtype=torch.int64)
         recv_count = torch.zeros(local, dtype=torch.int32)
         handle = (src_info, layout_range, max_tokens, x.shape[1], num_experts, ticket)
 
@@ -192,14 +109,14 @@ class LowLatency:
         if not hook:
             settle(got)
             return _column_major(got.x), recv_count, handle, None
-        self._opened(buffer, got)
         packed = _outputs(payload, local, capacity)
 
         def receive() -> None:
-            if ticket.handle is None:
-                got()
+            if not got.done:
+                self.windows.receive(got, sizes)
                 settle(got.result)
                 _copy_rows(got.result.x, packed, recv_count.tolist())
+                got.result = None
 
         return packed, recv_count, handle, receive
 
@@ -225,7 +142,8 @@ class LowLatency:
         cost_stats: Tensor | None,
     ) -> tuple[Tensor, Callable[[], None] | None]:
         """`Buffer.low_latency_combine` without its event."""
-        sizes, error, arguments = None, None, None
+        sizes, error = None, None
+        arguments: dict[str, Any] = {}
         try:
             ours, max_tokens, num_experts = unpack_handle(handle)
             if isinstance(x, Tensor) and x.dim() == 3:
@@ -234,17 +152,14 @@ class LowLatency:
             arguments = self._combine_arguments(
                 x, topk_idx, topk_weights, ours, use_logfmt, zero_copy, out
             )  # fmt: skip
-        except (AttributeError, ArithmeticError, TypeError, ValueError, RuntimeError) as caught:
-            error = str(caught)
-        buffer = self._ready(sizes, error)
-        with or_refuse(buffer, COMBINE):
-            if arguments is None:
-                raise ArgumentError(error)
-        got = buffer.combine(**arguments, each_copy=True, async_op="hook" if hook else None)
-        if not hook:
-            return arguments["out"], None
-        self._opened(buffer, got)
-        return arguments["out"], got
+        except WRONG as caught:
+            error = str(caught) or type(caught).__name__
+
+        def exchange(buffer: Buffer) -> Any:
+            return buffer.combine(**arguments, each_copy=True, async_op="hook" if hook else None)
+
+        got = self.windows.call(COMBINE, sizes, error, exchange)
+        return arguments["out"], (lambda: self.windows.receive(got, sizes)) if hook else None
 
     def _combine_arguments(
         self,

@@ -5,13 +5,18 @@ A collective call of `moe_comm.Buffer` does that for what it checks itself; `or_
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from ..buffer import Buffer
 from ..combine import CombineRequest, PendingCombine
 from ..dispatch import COMBINE, DispatchRequest, PendingDispatch
+from ..errors import ArgumentError, PeerError
 
-_NO_DISPATCH = DispatchRequest(None, None, None, 0, "rank", 1, None, None, None, False)
-_NO_COMBINE = CombineRequest(
+WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+"""What wrong arguments raise here, or in torch."""
+
+_NO_DISPATCH: Any = DispatchRequest(None, None, None, 0, "rank", 1, None, None, None, False)
+_NO_COMBINE: Any = CombineRequest(
     None, None, None, None, None, None, None, False, None, None, False  # type: ignore[arg-type]
 )  # fmt: skip
 
@@ -24,25 +29,32 @@ def or_refuse(buffer: Buffer, kind: int) -> Iterator[None]:
     """
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:
-        _take_part(buffer, kind, str(e) or type(e).__name__)
+    except WRONG as error:
+        text = str(error) or type(error).__name__
+        take_part(buffer, kind, text)
+        raise ArgumentError(text) from None
 
 
-def _take_part(buffer: Buffer, kind: int, text: str) -> None:
-    """One exchange without tokens and with `text` in its header. Raises ArgumentError with it."""
+def take_part(buffer: Buffer, kind: int, text: str) -> PeerError | None:
+    """One exchange without tokens and with `text` in its header. Returns what a peer refused it for, if one did, too.
 
-    def refused(
-        buffer: Buffer, request: DispatchRequest | CombineRequest
-    ) -> PendingDispatch | PendingCombine:
-        pending: PendingDispatch | PendingCombine
-        if isinstance(request, CombineRequest):
-            pending = PendingCombine(buffer, request)
-        else:
-            pending = PendingDispatch(buffer, request)
+    Raises: PeerTimeout, PeerLost.
+    """
+    made: list[PendingDispatch | PendingCombine] = []
+
+    def refused(buffer: Buffer, request: Any) -> PendingDispatch | PendingCombine:
+        pending = (PendingCombine if kind == COMBINE else PendingDispatch)(buffer, request)
         pending.refuse(text)
+        made.append(pending)
         return pending
 
+    request, counter = _NO_DISPATCH, "dispatches"
     if kind == COMBINE:
-        buffer._run(refused, _NO_COMBINE, "combines", None)  # type: ignore[arg-type]
-    else:
-        buffer._run(refused, _NO_DISPATCH, "dispatches", None)  # type: ignore[arg-type]
+        request, counter = _NO_COMBINE, "combines"
+    with contextlib.suppress(ArgumentError):
+        buffer._run(refused, request, counter, None)  # type: ignore[arg-type]  # made like a class
+    try:
+        made[0].call.raise_failure()
+    except PeerError as error:
+        return error
+    return None

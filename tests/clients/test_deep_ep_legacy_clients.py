@@ -56,6 +56,7 @@ class Cache:
         return made
 
 
+@torch.inference_mode()
 def check_vllm_high_throughput(rank, group, num_ranks, store, node_of):
     cpu_group = open_gloo(rank, num_ranks, store)
     cache = Cache()
@@ -158,6 +159,7 @@ def unchanged(rows, topk_ids, weights):
     return total.to(rows.dtype)
 
 
+@torch.inference_mode()
 def check_vllm_low_latency(rank, group, num_ranks, store, node_of):
     cpu_group = open_gloo(rank, num_ranks, store)
     max_tokens, num_experts, hidden = 16, 2 * num_ranks, 2048
@@ -222,6 +224,7 @@ def test_vllm_low_latency(world):
 # --- sglang --------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def check_sglang(rank, group, num_ranks, store, node_of):
     """One buffer for both modes; the normal one with FP8 rows and counts aligned to 128."""
     process_group = open_gloo(rank, num_ranks, store)
@@ -347,6 +350,8 @@ def check_others(rank, group, num_ranks, store, node_of):
     assert Buffer.is_sm90_compiled()
     # prime-rl: everything by keyword, the cached call with each layout argument as None.
     layout = buffer.get_dispatch_layout(topk_idx=case.idx[rank], num_experts=case.num_experts)
+    narrow = buffer.get_dispatch_layout(case.idx[rank].int(), case.num_experts)
+    assert all((a is None and b is None) or same(a, b) for a, b in zip(layout[:4], narrow[:4]))
     names = (
         "num_tokens_per_rank",
         "num_tokens_per_rdma_rank",
@@ -395,6 +400,17 @@ def check_others(rank, group, num_ranks, store, node_of):
     assert buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=True).numel() == 0
     assert same(buffer.internode_combine(x, handle)[0], total)  # scratch is no window
     buffer.destroy()
+    # lmdeploy: one buffer for both modes, use_fp8 in the fifth place.
+    buffer = Buffer(
+        group=process_group, num_nvl_bytes=128, num_rdma_bytes=128, low_latency_mode=True, num_qps_per_rank=2
+    )  # fmt: skip
+    assert (buffer.group_size, buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (num_ranks, 128, 128)
+    for use_fp8 in (True, False):
+        packed, *_, hook = buffer.low_latency_dispatch(
+            case.xs[rank], case.idx[rank], 16, case.num_experts, use_fp8, async_finish=False, return_recv_hook=True
+        )  # fmt: skip
+        hook()
+        assert isinstance(packed, tuple) == use_fp8
     # All eleven in the order of the last first generation; ints for bools.
     buffer = Buffer(process_group, 128, 0, 0, 24, 1, 0, 0, 1, 0, None)
     assert buffer.explicitly_destroy is True and buffer.enable_shrink is False

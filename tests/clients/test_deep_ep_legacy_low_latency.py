@@ -297,7 +297,7 @@ def check_in_flight(rank, group, num_ranks, store, node_of):
     larger = make(num_ranks, hidden=1024, topk=4, seed=1)
     packed, count, handle, _, _ = send(buffer, larger, rank)
     check_received(larger, rank, packed, count, handle)
-    assert len(buffer._low_latency._retired) == 1
+    assert len(buffer._low_latency.windows.retired) == 1
     for i in order:
         sent[i][4]()
         check_received(cases[i], rank, *sent[i][:3])
@@ -308,7 +308,7 @@ def check_in_flight(rank, group, num_ranks, store, node_of):
     largest = make(num_ranks, hidden=2048, seed=2)
     packed, count, handle, _, _ = send(buffer, largest, rank)
     check_received(largest, rank, packed, count, handle)
-    assert buffer._low_latency._retired == []
+    assert buffer._low_latency.windows.retired == []
 
 
 def test_in_flight(world):
@@ -360,6 +360,10 @@ def check_wrong(rank, group, num_ranks, store, node_of):
         with pytest.raises(kind, match=match):
             call(rank == last)
 
+    def refused_by_all(call):
+        with pytest.raises(moe_comm.MismatchError, match="needs Sizes"):
+            call()
+
     def dispatch(bad, **changes):
         given = {
             "x": x, "topk_idx": idx, "num_max_dispatch_tokens_per_rank": MAX_TOKENS,
@@ -379,17 +383,22 @@ def check_wrong(rank, group, num_ranks, store, node_of):
         ("dispatch_wait_recv_cost_stats", {"dispatch_wait_recv_cost_stats": torch.zeros(1)}),
         ("cumulative_local_expert_recv_stats", {"cumulative_local_expert_recv_stats": idx}),
     ]
+    grown = {"x": torch.cat([x, x], 1)}
+    hooked = {"return_recv_hook": True, **(grown if rank == last else {})}
     for _ in range(2):
         for match, change in changes:
             refused(match, lambda bad, change=change: dispatch(bad, **change))
         packed, count, handle, _, _ = dispatch(False)
         check_received(case, rank, packed, count, handle)
-        # Larger windows are due, but not on all ranks: everybody learns it.
-        more = MAX_TOKENS + (rank == last)
-        with pytest.raises(moe_comm.MismatchError):
-            buffer.low_latency_dispatch(
-                x.repeat(1, 4), idx, more + 5, case.num_experts, use_fp8=False
-            )
+        # Windows must grow, but not on all ranks; or on all but one, whose arguments are wrong.
+        refused_by_all(lambda: dispatch(rank != last, **grown))
+        refused_by_all(lambda: dispatch(rank == last, **grown))
+        refused_by_all(lambda: dispatch(True, num_max_dispatch_tokens_per_rank=50 + rank))
+        refused_by_all(lambda: dispatch(True, **hooked)[4]())
+        refused(
+            "topk_idx: expected",
+            lambda bad: dispatch(True, **grown, **({"topk_idx": 3} if bad else {})),
+        )
 
     def combine(bad, **changes):
         given = {"x": packed, "topk_idx": idx, "topk_weights": weights, "handle": handle}

@@ -1,4 +1,4 @@
-"""DeepEP's helpers. Events are here, too, as in its first generation."""
+"""What DeepEP keeps beside its buffers. Events are here, too, as in its first generation."""
 
 from ..events import EventHandle, EventOverlap
 from . import envs, event, math
