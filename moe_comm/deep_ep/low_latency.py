@@ -3,6 +3,7 @@
 Over one `moe_comm.Buffer` with hops="rank", whose windows must hold all M tokens of a rank at once, because a hook
 receives one round. DeepEP names M (num_max_dispatch_tokens_per_rank), H, K and E only at the call, so the Buffer is
 made at the first call and made again when one of them grows. That is collective: all ranks pass the same M, H, K and E.
+Where they do not, and all find their windows too small, each raises MismatchError; where only some do, PeerTimeout.
 Handles go on working; a Buffer with open hooks lives until they were called.
 
 Sums: float32 fused multiply-add in top-k order at the source, rounded once. LogFMT changes the values as DeepEP's wire
@@ -200,6 +201,7 @@ class LowLatency:
                 got()
                 settle(got.result)
                 _copy_rows(got.result.x, packed, recv_count.tolist())
+                got.result = None
 
         return packed, recv_count, handle, receive
 

@@ -297,6 +297,7 @@ def check_in_flight(rank, group, num_ranks, store, node_of):
     larger = make(num_ranks, hidden=1024, topk=4, seed=1)
     packed, count, handle, _, _ = send(buffer, larger, rank)
     check_received(larger, rank, packed, count, handle)
+    assert len(buffer._low_latency._retired) == 1
     for i in order:
         sent[i][4]()
         check_received(cases[i], rank, *sent[i][:3])

@@ -355,6 +355,19 @@ def test_logfmt():
     assert float(got[0].max()) == float(x[0].max())  # the largest stays
 
 
+def test_logfmt_rounds_in_the_linear_domain():
+    """Between two levels the arithmetic mean decides, not the geometric one: dense values, coarse levels."""
+    x = torch.exp2(torch.linspace(-31, -0.5, 1 << 14, dtype=torch.float64)).float()
+    x = x.view(128, 128).t().contiguous()  # each group spans 30 octaves
+    got = quant.through_logfmt(x).double()
+    for t in range(0, 128, 16):
+        low, high = x[t].double().min().log2(), x[t].double().max().log2()
+        levels = torch.exp2(low + (high - low) / 510 * torch.arange(511).double())
+        nearest = (levels[:, None] - x[t].double()).abs().min(0).values
+        error = (got[t] - x[t].double()).abs()
+        assert bool((error <= nearest + x[t].double() * 1e-5).all())
+
+
 def test_logfmt_passes_what_is_not_finite():
     x = torch.tensor([[math.inf, 0.5] + [0.1] * 126, [math.nan, 0.5] + [0.1] * 126])
     got = quant.through_logfmt(x)
