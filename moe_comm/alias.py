@@ -91,7 +91,6 @@ class AliasFinder(MetaPathFinder):
         top, _, rest = fullname.partition(".")
         if top not in ALIASES:
             return None
-        here = os.path.dirname(os.path.abspath(__file__))
         if rest:  # the parent is imported by now
             found = importlib.util.find_spec(f"{ALIASES[top]}.{rest}")
             if found is None:
@@ -100,7 +99,7 @@ class AliasFinder(MetaPathFinder):
         else:  # nothing is imported to find it
             if not self.override:
                 self.refuse_other(top)
-            package = os.path.join(here, "deep_ep")
+            package = os.path.join(os.path.dirname(os.path.abspath(__file__)), "deep_ep")
             is_package = top == "deep_ep"
             origin = os.path.join(package, "__init__.py" if is_package else "_C.py")
             locations = [package] if is_package else None

@@ -39,6 +39,10 @@ assert Config is deep_ep.Config and EventHandle is deep_ep.EventHandle
 for name in ("deep_ep", "deep_ep.events", "deep_ep_cpp"):
     assert importlib.util.find_spec(name)
     assert sys.modules[name].__name__.startswith(sys.modules[name].__spec__.parent)
+from deep_ep.hybrid_ep_buffer import HybridEPBuffer, indices_to_map
+from deep_ep.buffers.elastic import ElasticBuffer
+from deep_ep.utils import EventHandle as same, EventOverlap
+assert (HybridEPBuffer, ElasticBuffer, same) == (deep_ep.HybridEPBuffer, deep_ep.ElasticBuffer, EventHandle)
 import importlib; importlib.reload(config)
 try:
     import deep_ep.no_such

@@ -358,6 +358,27 @@ def test_metadata_may_be_replaced(world):
     world(check_metadata)
 
 
+def check_rounds(rank, group, num_ranks, store):
+    """More tokens than windows hold."""
+    buffer = open_buffer(
+        rank, num_ranks, store, num_bytes=2 << 20, num_max_tokens_per_rank=6000, num_topk=2
+    )
+    case = make_case([6000, 0, 17, 3000][:num_ranks], topk=2, num_experts=EXPERTS)
+    for expand in (False, True):
+        want = expanded(case) if expand else dispatched(case)
+        x, _, weights, handle, _ = send(buffer, case, rank, do_expand=expand)
+        assert same(x, want.x[rank])
+        ys = random_like(want.x, 1)
+        out, back, _ = buffer.combine(ys[rank], handle, weights)
+        assert same(out, reference.combine_by_lane(ys, want.bookkeeping, case.idx, EXPERTS)[rank])
+        assert same(back, torch.where(case.idx[rank] >= 0, case.weights[rank], 0.0))
+    assert buffer.runtime.stats()["rounds"] >= 8
+
+
+def test_rounds(world):
+    world(check_rounds)
+
+
 # --- the rest ------------------------------------------------------------------------------------
 
 

@@ -134,3 +134,94 @@ def test_megatron(run_ranks, tmp_path, num_ranks):
                         topk,
                         what,
                     )
+
+
+# --- torchtitan ----------------------------------------------------------------------------------
+
+needs_torchtitan = pytest.mark.skipif(
+    not found("torchtitan", "triton"),
+    reason="needs pip install --no-deps torchtitan==0.3.0 spmd_types==0.2.3 tyro triton",
+)
+
+
+def experts(rows, counts, first):
+    """Expert e of each group of rows: something that differs, row by row."""
+    ids = torch.repeat_interleave(torch.arange(len(counts)), counts.long()) + first
+    scale = torch.ones(len(rows)).index_add(0, torch.arange(len(ids)), ids.float())[:, None]
+    return torch.tanh(rows * scale) * scale
+
+
+def titan_run(rank, group, num_ranks, store):
+    open_gloo(rank, num_ranks, store)
+    moe_comm.install_as_deep_ep()
+    import torch._library.opaque_object as opaque
+
+    if not hasattr(opaque, "CustomClassBase"):  # what it is called in this version of torch
+        opaque.CustomClassBase = opaque.OpaqueBase
+    from torch.distributed.device_mesh import init_device_mesh
+    from torchtitan.distributed.deepep import deepep, hybridep
+    from torchtitan.models.common.token_dispatcher import (
+        DeepEPTokenDispatcher,
+        HybridEPTokenDispatcher,
+        LocalTokenDispatcher,
+    )
+
+    torch.library.impl("deepep::dispatch", "CPU", deepep._dispatch_op_impl)
+    torch.library.impl("deepep::combine", "CPU", deepep._combine_op_impl)
+    for name in ("_dispatch_impl", "_combine_impl", "_dispatch_bwd_impl", "_combine_bwd_impl"):
+        op = getattr(hybridep, name)
+        op.register_kernel("cpu", op._init_fn)
+    mesh = init_device_mesh("cpu", (num_ranks,), mesh_dim_names=("ep",))
+    sizes = {"num_experts": EXPERTS, "top_k": 2}
+    room = {"hidden_dim": HIDDEN, "num_max_tokens_per_rank": 16}
+    local = LocalTokenDispatcher(LocalTokenDispatcher.Config(**sizes))
+    tested = {
+        "deepep": DeepEPTokenDispatcher(DeepEPTokenDispatcher.Config(**sizes, **room)),
+        "deepep expanded": DeepEPTokenDispatcher(
+            DeepEPTokenDispatcher.Config(**sizes, **room, cudagraphable=True)
+        ),
+        "hybridep": HybridEPTokenDispatcher(HybridEPTokenDispatcher.Config(**sizes, **room)),
+        "hybridep, static": HybridEPTokenDispatcher(
+            HybridEPTokenDispatcher.Config(
+                **sizes, **room, pad_multiple=8, non_blocking_capacity_factor=1.0
+            )
+        ),
+    }
+
+    def layer(dispatcher, x, scores, ids, first):
+        counts = torch.bincount(ids.flatten(), minlength=EXPERTS)
+        rows, counts, metadata = dispatcher.dispatch(x, scores, ids, counts)
+        return dispatcher.combine(experts(rows, counts, first), metadata, x)
+
+    for name, dispatcher in tested.items():
+        dispatcher.wire_meshes(ep_mesh=mesh)
+        for seed in range(2):
+            g = torch.Generator().manual_seed(10 * rank + seed)
+            ids = torch.rand(12, EXPERTS, generator=g).argsort(1)[:, :2].contiguous()
+            inputs = torch.randn(12, HIDDEN, generator=g), torch.rand(12, 2, generator=g) + 0.1
+            up = torch.randn(12, HIDDEN, generator=g)
+            results = []
+            for which, first in ((local, 0), (dispatcher, rank * EXPERTS // num_ranks)):
+                x, scores = (t.clone().requires_grad_() for t in inputs)
+                with torch.set_grad_enabled(name != "deepep expanded"):
+                    out = layer(which, x, scores, ids, first)
+                if out.requires_grad:
+                    (out * up).sum().backward()
+                results.append((out.detach(), x.grad, scores.grad))
+            for got, want in zip(*reversed(results)):
+                assert (got is None) == (want is None) == (
+                    name == "deepep expanded"
+                ) or got is not None
+                if want is not None:
+                    exact = same(got, want)
+                    assert exact or (want is results[0][2] and close_to(got, want)), name
+    used = sys.modules["deep_ep"]
+    assert isinstance(deepep._buffer, used.ElasticBuffer)
+    assert isinstance(hybridep._buffer, used.HybridEPBuffer)
+
+
+@needs_torchtitan
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_torchtitan(run_ranks, tmp_path, num_ranks):
+    run_ranks(titan_run, num_ranks, num_ranks, str(tmp_path / "gloo"), timeout_s=200)
