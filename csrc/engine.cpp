@@ -5,6 +5,9 @@
 #include <cstring>
 
 namespace moe_comm {
+namespace {
+constexpr uint64_t kShardBytes = 128 << 10;  // where several NICs share the writes
+}  // namespace
 
 std::vector<std::byte> serialise(const RemoteRegion& region) {
   std::vector<uint64_t> words{region.base, region.num_bytes, region.key.value};
@@ -46,6 +49,8 @@ Result<std::unique_ptr<Engine>> Engine::open(const EngineOptions& options) {
   auto engine = std::make_unique<Engine>();
   ProxyOptions proxy_options;
   proxy_options.shard_bytes = options.shard_bytes;
+  if (options.shard_bytes == 0 && transport.value()->info().capabilities.num_nics > 1)
+    proxy_options.shard_bytes = kShardBytes;
   if (options.chaos_seed) transport = make_chaos(std::move(transport.value()), options.chaos_seed);
   engine->proxy_ = std::make_unique<Proxy>(std::move(transport.value()), proxy_options);
   return engine;

@@ -29,6 +29,7 @@ struct Capabilities {
   size_t max_message_bytes = 0;                   // longest single write
   size_t queue_depth = 0;                         // writes in flight before post_write says kAgain
   bool writes_local_memory_unregistered = false;  // local side of a write needs no registration
+  size_t num_nics = 1;                            // that share the writes
 };
 
 struct Info {
@@ -99,9 +100,11 @@ Result<std::unique_ptr<Transport>> open_shm(Secret secret);
 // empty: provider's choice
 Result<std::unique_ptr<Transport>> open_fabric(Secret secret, const std::string& provider,
                                                const std::string& interface);
-// interface: a device and settings, "mlx5_0,gid=3": NOTE [verbs settings]; empty: the first device
-// with an active port
+// interface: a device, or several, and settings, "mlx5_0+mlx5_1,gid=3": NOTE [verbs settings];
+// empty: the first device with an active port
 Result<std::unique_ptr<Transport>> open_verbs(Secret secret, const std::string& interface);
+// Several NICs as one transport (backends/several.cpp); each kind must be the same.
+Result<std::unique_ptr<Transport>> join_nics(std::vector<std::unique_ptr<Transport>> nics);
 
 struct TransportReport {  // for `moe-comm doctor`
   std::string name;

@@ -181,7 +181,7 @@ Status FabricTransport::open_endpoint() {
 
 FabricTransport::~FabricTransport() {
   if (info_.address.empty() || info_.wait_fd < 0) return;  // not enabled: not to be polled
-  shut_down_sockets(info_.wait_fd);  // NOTE [closing over tcp]
+  shut_down_sockets(info_.wait_fd);                        // NOTE [closing over tcp]
   std::vector<Completion> dropped(kBatch);
   const auto start = Clock::now();
   for (int quiet = 0; quiet < kQuietPolls && Clock::now() < start + kClosingTimeout;) {

@@ -482,12 +482,21 @@ bool VerbsTransport::on_completion(const ibv_wc& wc, Completion& out) {
 Result<std::unique_ptr<Transport>> open_verbs(Secret secret, const std::string& interface) {
   auto settings = VerbsSettings::parse(interface);
   if (!settings.ok()) return settings.status().with_prefix("verbs: ");
-  auto device = VerbsDevice::open(settings.value());
-  if (!device.ok()) return device.status().with_prefix("verbs: ");
-  auto transport = std::make_unique<VerbsTransport>(secret, std::move(device.value()));
-  if (Status status = transport->start(); !status.ok())
-    return status.with_prefix(transport->info().name + ": ");
-  return std::unique_ptr<Transport>(std::move(transport));
+  const std::string devices = settings.value().device;
+  std::vector<std::unique_ptr<Transport>> nics;
+  for (size_t start = 0; start <= devices.size();) {
+    const size_t end = std::min(devices.find('+', start), devices.size());
+    settings.value().device = devices.substr(start, end - start);
+    start = end + 1;
+    auto device = VerbsDevice::open(settings.value());
+    if (!device.ok()) return device.status().with_prefix("verbs: ");
+    auto transport = std::make_unique<VerbsTransport>(secret, std::move(device.value()));
+    if (Status status = transport->start(); !status.ok())
+      return status.with_prefix(transport->info().name + ": ");
+    nics.push_back(std::move(transport));
+  }
+  if (nics.size() > 1) return join_nics(std::move(nics));
+  return std::move(nics[0]);
 }
 
 }  // namespace moe_comm

@@ -66,7 +66,8 @@ struct VerbsLibrary {
 };
 
 // NOTE [verbs settings] The `interface` string: "DEVICE", "KEY=VALUE", or several with commas
-// between, as in "mlx5_0,gid=3,traffic_class=106".
+// between, as in "mlx5_0,gid=3,traffic_class=106". Several devices have a plus sign between them,
+// and the settings are of each: "mlx5_0+mlx5_1,gid=3".
 struct VerbsSettings {
   std::string device;     // empty: the first with an active port
   int port = 0;           // 0: the first active one

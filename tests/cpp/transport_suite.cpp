@@ -200,9 +200,9 @@ void slices(Hub& hub) {
 void wide_offsets(Hub& hub) {
   Node node(hub);
   node.connect_all();
-  constexpr uint64_t kFar = (5ull << 30) + 48;
+  constexpr uint64_t kFar = (4ull << 30) + (8 << 20) + 48;
   const size_t period = is_rdma() ? 96u << 20 : 0;  // 4 GiB is no multiple of it
-  Buffer buffer(*node.transport, 6ull << 30, backend != "shm", period);  // sparse
+  Buffer buffer(*node.transport, (4ull << 30) + (16 << 20), backend != "shm", period);  // sparse
   const auto remote = node.swap_regions(buffer);
   const int other = 1 - node.rank;
   buffer.fill(node.rank, kFar, 65536);

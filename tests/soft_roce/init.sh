@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# The first process of the machine (machine.py): loads the modules, makes the RDMA device rxe0, then carries out the
+# The first process of the machine (machine.py): loads the modules, makes the RDMA devices rxe0 and rxe1, then carries out the
 # commands that come over its second serial port. What it has: an initramfs of busybox and modules, and the host's /
 # over 9p, read-only. Written by the machine: /run, /dev/shm (tmpfs).
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -20,12 +20,12 @@ $bb mount -t devpts devpts /host/dev/pts
 ulimit -l unlimited
 
 in_host() { $bb chroot /host /bin/bash -c "$1"; } # bash: busybox would take its own `ip`
-# rxe refuses lo, so it gets one end of a veth pair; with 4200 bytes, RDMA packets carry 4096.
+# rxe refuses lo, so the two NICs get the ends of a veth pair; with 4200 bytes, RDMA packets carry 4096.
 in_host 'ip link set lo up &&
   ip link add veth0 mtu 4200 type veth peer name veth1 mtu 4200 &&
-  ip address add 10.77.0.1/24 dev veth0 &&
+  ip address add 10.77.0.1/24 dev veth0 && ip address add 10.77.1.1/24 dev veth1 &&
   ip link set veth0 up && ip link set veth1 up &&
-  rdma link add rxe0 type rxe netdev veth0'
+  rdma link add rxe0 type rxe netdev veth0 && rdma link add rxe1 type rxe netdev veth1'
 
 # One line, one command; its output, and then a line that begins with RS and holds its status.
 port=/dev/ttyS1

@@ -22,6 +22,9 @@ SLOWNESS = 3  # limits of the cases are multiplied by this: CPU and NIC are emul
 ENVIRONMENT = f"MOE_COMM_TEST_SLOWNESS={SLOWNESS} FI_UNIVERSE_SIZE=16"
 BOOT_S, CASE_S, EXCHANGE_S = 300, 200, 400
 BACKENDS = ("verbs", "fabric:verbs;ofi_rxm")
+# Cases in which it matters that two NICs share the writes.
+OF_TWO_NICS = ("both_ways", "slices", "wrong_secret", "full_queue", "many_immediates", "wake_up", "disconnect_one",
+               "last_words", "killed_writer", "withdrawn_region", "open_and_close")  # fmt: skip
 
 pytestmark = pytest.mark.timeout(BOOT_S + EXCHANGE_S)
 
@@ -66,15 +69,20 @@ def inside(suite):  # noqa: F811
 def test_machine_has_a_nic(inside):
     output = inside.run("ibv_devinfo -d rxe0 && fi_info -p 'verbs;ofi_rxm'", CASE_S)
     assert "PORT_ACTIVE" in output and "domain: rxe0" in output
-    sending = "ib_write_bw -d rxe0 -x 1 -F -n 50 -s 65536"
+    sending = "ib_write_bw -d rxe0 -x 1 -F -n 20 -s 4096"
     output = inside.run(f"({sending} >/dev/null &); sleep 3; {sending} 10.77.0.1", CASE_S)
-    assert re.search(r"^ *65536 +50 ", output, re.MULTILINE), output
+    assert re.search(r"^ *4096 +20 ", output, re.MULTILINE), output
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_case(inside, suite, backend, case):  # noqa: F811
     print(inside.run(f"{ENVIRONMENT} {suite} {shlex.quote(backend)} {case}", CASE_S))
+
+
+@pytest.mark.parametrize("case", OF_TWO_NICS)
+def test_two_nics(inside, suite, case):  # noqa: F811
+    print(inside.run(f"{ENVIRONMENT} {suite} verbs:rxe0+rxe1 {case}", CASE_S))
 
 
 def test_endpoint_that_cannot_be_enabled(inside, suite):  # noqa: F811
