@@ -88,6 +88,7 @@ all_fresh() {
 }
 all_fresh && exit 0
 
+[ ! -L $venv ] || die "$venv is a link: making it anew would empty $(readlink -f $venv); remove the link first"
 exec 9>build/setup.lock # two makes at once: the second waits, and then has nothing to do
 flock -n 9 || { say "another set-up is running here; waiting for it" && flock 9; }
 all_fresh && exit 0
