@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import buffer as core
 from ..arguments import Found, wrong
 from ..config import Config as WindowConfig
-from ..dispatch import COMBINE, DISPATCH
+from ..dispatch import COMBINE, DISPATCH, Dispatched
 from ..errors import ClosedError
 from ..group import EPGroup, survey
 from ..layout import RowFormat
@@ -256,32 +256,20 @@ class ElasticBuffer:
                 stats = self._check_stats(cumulative_local_expert_recv_stats, num_experts)
         if handle is not None:
             rows, weights = handle._routes.dispatch_again(runtime, x, topk_weights, expand)
-            ids = handle._routes.topk_idx
         else:
             got = runtime.dispatch(
                 x, idx, topk_weights, num_experts=num_experts or 0,
                 layout="expert" if expand else "rank", alignment=alignment,
             )  # fmt: skip
-            routes = Routes.of(got, alignment)
             assert topk_idx is not None
-            handle = EPHandle.of(
-                routes,
-                topk_idx.clone() if do_handle_copy else topk_idx,
-                do_expand=expand,
-                alignment=alignment,
-                max_tokens=max_tokens or max(got.handle.tokens_of),
-                num_sms=num_sms or self.get_theoretical_num_sms(num_experts or 0, idx.shape[1]),
-                is_synced=synced,
-            )
+            handle = self._new_handle(
+                got, topk_idx.clone() if do_handle_copy else topk_idx, expand, alignment, max_tokens,
+                num_sms, synced,
+            )  # fmt: skip
             if stats is not None:
-                stats += routes.tokens_per_expert.to(stats.dtype)
-            rows, weights, ids = got.x, got.topk_weights, routes.topk_idx
+                stats += got.tokens_per_expert.to(stats.dtype)
+            rows, weights = got.x, got.topk_weights
         num_rows = handle.num_rows(expand)
-        if len(ids) > handle.num_recv_tokens:  # another rank has more tokens than our M
-            most = handle.num_max_tokens_per_rank
-            raise wrong(
-                "num_max_tokens_per_rank", "the most tokens of any rank, without CPU sync", most
-            )
         if isinstance(rows, tuple):
             sf = _lengthen(rows[1], num_rows, 0)
             if use_tma_aligned_col_major_sf:
@@ -290,8 +278,34 @@ class ElasticBuffer:
         else:
             recv_x = _lengthen(rows, num_rows, 0)
         recv_weights = None if weights is None else _lengthen(weights, num_rows, 0)
-        recv_idx = None if expand else _lengthen(ids, num_rows, -1).clone()
+        recv_idx = None if expand else _lengthen(handle._routes.topk_idx, num_rows, -1).clone()
         return recv_x, recv_idx, recv_weights, handle, _event(async_with_compute_stream)
+
+    def _new_handle(
+        self,
+        got: Dispatched,
+        topk_idx: Tensor,
+        expand: bool,
+        alignment: int,
+        max_tokens: int,
+        num_sms: int,
+        synced: bool,
+    ) -> EPHandle:
+        most = max(got.handle.tokens_of)
+        if not synced and most > max_tokens:
+            raise wrong(
+                "num_max_tokens_per_rank", f"at least the {most} tokens of a rank", max_tokens
+            )
+        return EPHandle.of(
+            Routes.of(got, alignment),
+            topk_idx,
+            do_expand=expand,
+            alignment=alignment,
+            max_tokens=max_tokens or most,
+            num_sms=num_sms
+            or self.get_theoretical_num_sms(got.handle.num_experts, got.handle.topk),
+            is_synced=synced,
+        )
 
     def _check_fresh(
         self, x: Any, num_experts: Any, num_max_tokens_per_rank: int | None, synced: bool

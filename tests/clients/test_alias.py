@@ -188,19 +188,26 @@ def test_torchrun(tmp_path: Path) -> None:
 # --- MOE_COMM_AS_DEEP_EP, in a wheel and in an editable install -------------------------------------
 
 
-@pytest.fixture(scope="module", params=["wheel", "editable"])
-def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The interpreter of a fresh environment with this package installed; everything else from the present one."""
-    place = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a wheel is made from, with the objects of an earlier build: only what changed is compiled."""
+    place = tmp_path_factory.mktemp("source")
     for name in ("moe_comm", "kernels", "csrc"):
         ignore = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(ROOT / name, place / "source" / name, ignore=ignore)
+        shutil.copytree(ROOT / name, place / name, ignore=ignore)
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
-        shutil.copy2(ROOT / name, place / "source")
-    for objects in (ROOT / "build").glob(
-        "engine-*"
-    ):  # of an earlier build: only what changed is compiled
-        shutil.copytree(objects, place / "source" / "build" / objects.name)
+        shutil.copy2(ROOT / name, place)
+    for objects in (ROOT / "build").glob("engine-*"):
+        shutil.copytree(objects, place / "build" / objects.name)
+    return place
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def installed(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    """The interpreter of a fresh environment with this package installed; everything else from the present one."""
+    place = tmp_path_factory.mktemp(request.param)
     run("-m", "venv", "--without-pip", str(place / "venv"))
     python = str(place / "venv" / "bin" / "python")
     site = Path(
@@ -212,15 +219,15 @@ def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     options = ("--no-deps", "--no-build-isolation", "--no-index", "-q")
     pip = ("-m", "pip", "--disable-pip-version-check", "--python", python)
     clean = {"PYTHONPATH": ""}
+    home = source if request.param == "editable" else place
     if request.param == "editable":
-        run(*pip, "install", *options, "-e", str(place / "source"), **clean)
+        run(*pip, "install", *options, "-e", str(source), **clean)
     else:
-        run(*pip, "wheel", *options, "-w", str(place), str(place / "source"), **clean)
+        run(*pip, "wheel", *options, "-w", str(place), str(source), **clean)
         (wheel,) = place.glob("moe_comm-*.whl")
         run(*pip, "install", *options, str(wheel), **clean)
-        shutil.rmtree(place / "source")
     found = run("-c", "import moe_comm; print(moe_comm.__file__)", python=python, **clean)
-    assert found.startswith(str(place))
+    assert found.startswith(str(home))
     return python
 
 

@@ -433,6 +433,12 @@ def check_errors(rank, group, num_ranks, store):
     fails(
         "x: expected at most num_max_tokens_per_rank = 3 tokens", send, buffer, case, rank, **most
     )
+    few = max(1, len(x))  # not all ranks say the same
+    if few < max(len(other) for other in case.xs):
+        with pytest.raises(errors, match="num_max_tokens_per_rank: expected at least the"):
+            send(buffer, case, rank, num_max_tokens_per_rank=few, do_cpu_sync=False)
+    else:
+        send(buffer, case, rank, num_max_tokens_per_rank=few, do_cpu_sync=False)
     y = torch.zeros(handle.num_recv_tokens + (rank == 0), HIDDEN, dtype=torch.bfloat16)
     fails("x: expected a tensor of", buffer.combine, y, handle)
     fails("handle: expected the EPHandle", buffer.combine, y, None)
