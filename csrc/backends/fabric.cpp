@@ -354,7 +354,10 @@ size_t FabricTransport::read_queue(std::span<Completion> out, size_t n) {
   while (n < out.size()) {
     const size_t room = std::min(kBatch, out.size() - n);
     const ssize_t count = fi_cq_read(queue_.get(), entries, room);
-    if (count == -FI_EAGAIN || count == 0) break;
+    if (count == -FI_EAGAIN || count == 0) {
+      peers_.on_queue_empty();
+      break;
+    }
     if (count == -FI_EAVAIL) {
       if (on_error(out[n])) ++n;
       continue;
@@ -366,7 +369,6 @@ size_t FabricTransport::read_queue(std::span<Completion> out, size_t n) {
     for (ssize_t i = 0; i < count; ++i) {
       if (on_entry(entries[i], out[n])) ++n;
     }
-    if (static_cast<size_t>(count) < room) break;
   }
   return n;
 }

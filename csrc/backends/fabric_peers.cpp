@@ -195,10 +195,17 @@ void FabricPeers::settle(uint32_t index, Completion::Kind kind, const Status& st
   std::erase(connecting_, index);
   peer.state = kind == Completion::Kind::kPeerReady ? Peer::kReady : Peer::kLost;
   if (peer.state == Peer::kLost) peer.watch.reset();
-  Completion& event = events.emplace_back();
+  auto& list = kind == Completion::Kind::kPeerLost ? losses_ : events;
+  Completion& event = list.emplace_back();
   event.kind = kind;
   event.peer = PeerId{index};
   if (!status.ok()) event.status = status.with_prefix(name_ + ": " + peer.text + ": ");
+}
+
+void FabricPeers::on_queue_empty() {
+  if (losses_.empty()) return;
+  std::move(losses_.begin(), losses_.end(), std::back_inserter(events));
+  losses_.clear();
 }
 
 void FabricPeers::lose_all(const Status& status) {

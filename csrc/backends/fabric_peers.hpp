@@ -98,6 +98,8 @@ class FabricPeers {
   void on_received(Message& message, size_t num_bytes);
   void on_receive_failed(Message& message) { unposted_.push_back(&message); }
   bool owns(const void* context) const;
+  // The completion queue was seen empty: what lost peers wrote has been told, their loss may be.
+  void on_queue_empty();
 
   std::vector<Completion> events;  // for the next poll
 
@@ -128,6 +130,7 @@ class FabricPeers {
   std::deque<Peer> peers_;          // by PeerId
   std::vector<uint32_t> connecting_;
   std::map<std::string, Remote> remotes_;
+  std::vector<Completion> losses_;  // last words may still be in the queue: for on_queue_empty()
   Clock::time_point next_tend_{};
 };
 

@@ -208,7 +208,8 @@ void last_words(Hub& hub) {  // what a peer wrote before it died is told before 
     node.expect_all_ok();
     kill(getpid(), SIGKILL);
   }
-  sleep(1);  // and does not look
+  sleep(1);             // and does not look
+  node.progress(true);  // armed: now it also looks who has died
   CHECK(node.wait(kShort, [&] { return !node.immediates.empty(); }));
   const bool lost = node.wait(kShort, [&] { return node.lost.contains(node.peers[1]); });
   CHECK(lost || is_fabric(), "its death went unnoticed");  // which notices when it is written to

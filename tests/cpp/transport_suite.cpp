@@ -96,6 +96,21 @@ void late_peer(Hub& hub) {
   node.barrier();
 }
 
+void many_connects(Hub& hub) {  // more than a sleeping peer has room for, so some are asked again
+  constexpr int kCount = 80;
+  Node node(hub);
+  const auto addresses = node.all_gather(node.transport->info().address);
+  if (node.rank == 1) {
+    usleep(500'000);
+  } else {
+    std::vector<PeerId> peers;
+    for (int i = 0; i < kCount; ++i) peers.push_back(node.connect(addresses[1]));
+    for (PeerId peer : peers) node.expect_ready(peer);
+    for (PeerId peer : peers) node.transport->disconnect(peer);
+  }
+  node.barrier();
+}
+
 void nobody_there(Hub& hub) {
   Node node(hub);
   std::unique_ptr<Transport> closed;
@@ -298,6 +313,7 @@ constexpr Case kCases[] = {
     {"self_connect", 1, self_connect},
     {"connect_twice", 2, connect_twice},
     {"late_peer", 2, late_peer},
+    {"many_connects", 2, many_connects},
     {"nobody_there", 3, nobody_there},
     {"sizes", 2, sizes},
     {"plain_memory", 2, plain_memory},
