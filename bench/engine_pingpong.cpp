@@ -190,7 +190,7 @@ class UserLayer final : public EngineLayer {
   }
   void until_sent(long count) override {
     for (; sent_ < count; ++sent_) {
-      if (!operations_.front()->wait(kLimit)) die("a write did not end");
+      if (!proxy().wait(*operations_.front(), kLimit)) die("a write did not end");
       check(operations_.front()->status());
       operations_.pop_front();
     }
@@ -250,13 +250,7 @@ class RingLayer final : public EngineLayer {
   }
   void wait(Counter& word, uint64_t target) {  // as Exchange::wait does
     auto there = [&] { return word_at(word).load(std::memory_order_acquire) >= target; };
-    for (Backoff backoff(64, 64); !there();) {
-      if (!backoff.should_sleep()) {
-        backoff.step();
-      } else {
-        sleep_on(bell_, 1.0, there);
-      }
-    }
+    while (!proxy().help(kLimit, there)) sleep_on(bell_, 1.0, there);
   }
   Doorbell bell_{};
   Counter arrived_[kChannels][kNumBanks] = {}, sent_[kChannels][kNumBanks] = {};

@@ -451,6 +451,10 @@ void bind_engine(py::module_& m) {
             }
             return unlocked([&] { return self.proxy().submit(std::move(out), held); });
           })
+      .def("wait",
+           [](Self& self, Operation& operation, double seconds) {
+             return unlocked([&] { return self.proxy().wait(operation, seconds); });
+           })
       .def("take_immediates",
            [](Self& self, uint32_t value, uint64_t count, double seconds) {
              return unlocked([&] { return self.proxy().take_immediates(value, count, seconds); });
@@ -472,6 +476,7 @@ void bind_engine(py::module_& m) {
         d["commands"] = s.commands.load();
         d["loops"] = s.loops.load();
         d["sleeps"] = s.sleeps.load();
+        d["helped"] = s.helped.load();
         d["dropped_immediates"] = unlocked([&] { return self.proxy().dropped_immediates(); });
         return d;
       });

@@ -7,6 +7,7 @@
 
 namespace moe_comm {
 namespace {
+constexpr double kGoodbye = 0.5;  // seconds close() waits for its last words to leave
 constexpr double kSlice = 0.05;   // seconds between looks at the peer waited for
 constexpr uint64_t kBeatAt = 64;  // offset of the own heartbeat word; the doorbell lies at 0
 }  // namespace
@@ -119,7 +120,7 @@ Status Exchange::link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegi
   if (!release_channel.ok()) return release_channel.status();
   link.window_channel = window_channel.value();
   link.release_channel = release_channel.value();
-  link.present = true;
+  link.present = linked_ = true;
   return {};
 }
 
@@ -192,7 +193,8 @@ Status Exchange::close(double seconds) {
   if (started_) {
     word_at(beat_word(base_))
         .fetch_or(fault_.raised() ? kFailed : kClosed, std::memory_order_release);
-    engine_.proxy().beat_now();
+    // Peers hear it before they see the connection end.
+    if (auto goodbye = engine_.proxy().beat_now()) engine_.proxy().wait(*goodbye, kGoodbye);
     for (const Peer& peer : peers_) {
       if (peer.base) ring(bell(peer.base));
     }
@@ -310,10 +312,8 @@ Status Exchange::mask_or(uint32_t rank, Status status) {
 
 Status Exchange::wait(Counter& word, uint64_t target, const Waited& waited) {
   auto there = [&] { return word_at(word).load(std::memory_order_acquire) >= target; };  // H6, H7
-  if (there()) return {};
-  Backoff backoff(64, 64);
-  while (!backoff.should_sleep()) {
-    backoff.step();
+  if (there() || (linked_ && engine_.proxy().help(kSlice, there))) return {};
+  for (Backoff backoff(64, 64); !linked_ && !backoff.should_sleep(); backoff.step()) {
     if (there()) return {};
   }
   const auto start = Clock::now();

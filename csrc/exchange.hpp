@@ -278,6 +278,7 @@ class Exchange {
   std::vector<Link> links_;  // [R]
   uint64_t first_epoch_, next_epoch_;
   uint64_t heartbeat_ = 0;
+  bool linked_ = false;  // to any rank: else the proxy has nothing that a wait could help with
   bool started_ = false;
   std::atomic<bool> closing_{false}, closed_{false};
   Fault fault_;

@@ -14,7 +14,9 @@ constexpr double kIdleSleep = 0.1;     // seconds; bounds how long a heartbeat c
 constexpr double kNapSleep = 0.001;    // where a transport has no wait fd
 constexpr double kParkedNap = 0.0025;  // there, after kNapsUntilParked in which nothing came
 constexpr uint32_t kNapsUntilParked = 500;
-constexpr double kDrainTimeout = 5.0;  // seconds stop() waits for writes in flight
+constexpr double kAsideNap = 0.0001;    // while others take the turns
+constexpr uint64_t kAtOnce = 16 << 10;  // bytes that whoever wants them written posts itself
+constexpr double kDrainTimeout = 5.0;   // seconds stop() waits for writes in flight
 }  // namespace
 
 // --- Operation -----------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ Status Proxy::push(const Transfer& transfer, double seconds) {
     }
   }
   producer_.publish(ticket, transfer);
-  wake();
+  if (transfer.num_bytes > kAtOnce || !try_turn()) wake();
   return {};
 }
 
@@ -101,14 +103,32 @@ bool Proxy::hand_over(std::function<void()> function) {
   return true;
 }
 
-void Proxy::run(std::function<void()> function) {
-  std::promise<void> promise;
-  auto done = promise.get_future();
-  const bool accepted = hand_over([&] {
+void Proxy::run(const std::function<void()>& function) {
+  turn_wanted_.fetch_add(1, std::memory_order_relaxed);
+  {
+    std::lock_guard turn(turn_mutex_);
+    turn_wanted_.fetch_sub(1, std::memory_order_relaxed);
+    if (ended_.load()) return;  // nothing is left to act on
     function();
-    promise.set_value();
-  });
-  if (accepted) done.wait();  // else nothing is left to act on
+  }
+  wake();  // it may have begun something
+}
+
+bool Proxy::try_turn() {
+  std::unique_lock lock(turn_mutex_, std::try_to_lock);
+  if (!lock || stop_.load(std::memory_order_acquire)) return false;
+  const bool progress = turn();
+  stats_.helped.fetch_add(progress, std::memory_order_relaxed);
+  const bool armed = std::exchange(armed_, false);  // no more: the transport was polled
+  lock.unlock();
+  if (armed) wake();
+  return progress;
+}
+
+bool Proxy::wait(Operation& operation, double seconds) {
+  const auto start = Clock::now();
+  return help(seconds, [&] { return operation.done(); }) ||
+         operation.wait(std::max(0.0, seconds - seconds_since(start)));
 }
 
 Result<MemoryRegion> Proxy::register_memory(std::span<std::byte> bytes, MemoryKind kind) {
@@ -200,18 +220,26 @@ void Proxy::remove_heartbeat(uint64_t id) {
   run([&] { std::erase_if(heartbeats_, [&](const Beat& b) { return b.id == id; }); });
 }
 
-void Proxy::beat_now() {
+std::shared_ptr<Operation> Proxy::beat_now() {
+  std::shared_ptr<Operation> operation;
   run([&] {
-    write_beats();
+    uint32_t num_writes = 0;
+    for (const Beat& beat : heartbeats_) num_writes += beat.heartbeat.channels.size();
+    if (num_writes == 0) return;
+    operation = std::make_shared<Operation>(num_writes, nullptr);
+    write_beats(operation);
     post_pending();
   });
+  return operation;
 }
 
 std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes,
                                          std::shared_ptr<void> keep) {
   auto parts = std::make_shared<std::vector<Write>>();
   const uint64_t limit = std::max<uint64_t>(transport_->info().capabilities.max_message_bytes, 1);
+  uint64_t num_bytes = 0;
   for (const UserWrite& w : writes) {
+    num_bytes += w.num_bytes;
     if (w.has_immediate && w.num_bytes > limit) {  // cut, it could be overtaken by its immediate
       auto refused = std::make_shared<Operation>(1, std::move(keep));
       refused->finish_one({Code::kInvalid, "write: expected at most " + std::to_string(limit) +
@@ -248,16 +276,29 @@ std::shared_ptr<Operation> Proxy::submit(std::vector<UserWrite> writes,
     }
     post_pending();
   };
-  // A write after stop() is refused, or it would wait for more and more. The caller does not wait
-  // for the proxy: that would be one hand-over more on the way.
-  if (stop_.load(std::memory_order_acquire) || !hand_over(begin)) refuse();
+  // A write after stop() is refused, or it would wait for more and more. The caller never waits for
+  // the proxy: little is posted here, if it is nobody's turn, and much by whoever has the next one.
+  if (stop_.load(std::memory_order_acquire)) {
+    refuse();
+  } else if (std::unique_lock lock(turn_mutex_, std::defer_lock);
+             num_bytes <= kAtOnce && lock.try_lock()) {
+    begin();
+    const bool armed = std::exchange(armed_, false);
+    lock.unlock();
+    if (armed) wake();
+  } else if (!hand_over(begin)) {
+    refuse();
+  }
   return operation;
 }
 
 bool Proxy::take_immediates(uint32_t value, uint64_t count, double seconds) {
+  const auto start = Clock::now();
+  help(seconds, [&] { return count_immediates(value) >= count; });
   std::unique_lock lock(user_mutex_);
-  const bool there = user_changed_.wait_for(lock, std::chrono::duration<double>(seconds),
-                                            [&] { return user_counts_[value] >= count; });
+  const auto left = std::chrono::duration<double>(std::max(0.0, seconds - seconds_since(start)));
+  const bool there =
+      user_changed_.wait_for(lock, left, [&] { return user_counts_[value] >= count; });
   if (there) user_counts_[value] -= count;
   return there;
 }
@@ -289,26 +330,28 @@ void Proxy::body() noexcept {
   Clock::time_point stopping{};
   while (true) {
     const bool stop = stop_.load(std::memory_order_acquire);  // before the last look at what is due
-    bool progress = take_commands();
-    progress |= run_functions();
-    progress |= post_pending();
-    progress |= poll_transport(false);
-    beat();
-    stats_.loops.fetch_add(1, std::memory_order_relaxed);
+    while (turn_wanted_.load(std::memory_order_relaxed) > 0) sched_yield();
+    std::unique_lock lock(turn_mutex_);
+    const bool progress = turn();
     if (stop) {
       if (stopping == Clock::time_point{}) stopping = Clock::now();
       const bool drained = free_slots_.size() == in_flight_.size() && with_pending_.empty();
       if ((drained && !progress) || seconds_since(stopping) > kDrainTimeout) break;
     }
+    lock.unlock();
     if (progress) {
       backoff.reset();
       naps_ = 0;
+    }
+    if (!stop && (helping_.load(std::memory_order_relaxed) > 0 || helped_.exchange(false))) {
+      step_aside();
     } else if (backoff.should_sleep()) {
       sleep();
-    } else {
+    } else if (!progress) {
       backoff.step();
     }
   }
+  std::lock_guard turn(turn_mutex_);
   std::lock_guard lock(functions_mutex_);
   ended_.store(true);
   for (auto& function : functions_) function();  // nobody is left waiting
@@ -318,6 +361,16 @@ void Proxy::body() noexcept {
   for (Write& write : in_flight_) {
     if (write.operation) finish(write, closed);
   }
+}
+
+bool Proxy::turn() {
+  bool progress = take_commands();
+  progress |= run_functions();
+  progress |= post_pending();
+  progress |= poll_transport(false);
+  beat();
+  stats_.loops.fetch_add(1, std::memory_order_relaxed);
+  return progress;
 }
 
 bool Proxy::take_commands() {
@@ -522,14 +575,19 @@ void Proxy::beat() {
   if (seconds_since(last_beat_write_) >= options_.beat_write_s) write_beats();
 }
 
-void Proxy::write_beats() {
+void Proxy::write_beats(const std::shared_ptr<Operation>& operation) {
   last_beat_write_ = Clock::now();
   for (Beat& beat : heartbeats_) {
     for (const uint32_t channel : beat.heartbeat.channels) {
       const Channel& to = channels_[channel].channel;
-      if (peers_[to.peer].state.load(std::memory_order_relaxed) != PeerState::kReady) continue;
-      if (peers_[to.peer].pending.size() > 8) continue;  // a stalled peer needs no more of these
+      const Peer& peer = peers_[to.peer];
+      const bool ready = peer.state.load(std::memory_order_relaxed) == PeerState::kReady;
+      if (!ready || peer.pending.size() > 8) {  // a stalled peer needs no more of these
+        if (operation) operation->finish_one({});
+        continue;
+      }
       Write write;
+      write.operation = operation;
       write.peer = to.peer;
       write.local = to.local;
       write.local_offset = beat.heartbeat.local_offset;
@@ -541,12 +599,20 @@ void Proxy::write_beats() {
   }
 }
 
+// Others take the turns, or did a moment ago: a short nap, from which only work wakes.
+void Proxy::step_aside() {
+  if (!has_work(std::unique_lock(turn_mutex_))) {
+    pollfd event{event_.get(), POLLIN, 0};
+    const timespec limit{0, static_cast<long>(kAsideNap * 1e9)};
+    ppoll(&event, 1, &limit, nullptr);
+  }
+  awake();
+}
+
 void Proxy::sleep() {
-  sleeping_.store(true, std::memory_order_relaxed);
-  std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with the fence in wake()
-  const bool work = !consumer_.empty() || has_functions_.load(std::memory_order_acquire) ||
-                    stop_.load(std::memory_order_acquire) || poll_transport(true);
-  if (!work) {
+  std::unique_lock lock(turn_mutex_);
+  if (!has_work(lock) && !poll_transport(true)) {
+    armed_ = true;
     const int wait_fd = transport_->info().wait_fd;
     pollfd fds[2] = {{event_.get(), POLLIN, 0}, {wait_fd, POLLIN, 0}};
     // Nobody tells us when a full queue has room again; nor, without a wait fd, what arrives.
@@ -556,8 +622,25 @@ void Proxy::sleep() {
     if (nap) seconds = naps_++ < kNapsUntilParked ? kNapSleep : kParkedNap;
     const timespec limit{0, static_cast<long>(seconds * 1e9)};
     stats_.sleeps.fetch_add(1, std::memory_order_relaxed);
+    lock.unlock();
     ppoll(fds, wait_fd >= 0 ? 2 : 1, &limit, nullptr);
+    lock.lock();
+    armed_ = false;
   }
+  lock.unlock();
+  awake();
+}
+
+// The last look before a sleep; whoever brings work from now on wakes.
+bool Proxy::has_work(const std::unique_lock<std::mutex>& turn) {
+  (void)turn;
+  sleeping_.store(true, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with the fence in wake()
+  return !consumer_.empty() || has_functions_.load(std::memory_order_acquire) ||
+         stop_.load(std::memory_order_acquire);
+}
+
+void Proxy::awake() {
   sleeping_.store(false, std::memory_order_relaxed);
   uint64_t drained;
   [[maybe_unused]] const ssize_t ignored = ::read(event_.get(), &drained, sizeof drained);

@@ -131,6 +131,9 @@ class Engine:
     def write(self, writes: Sequence[_Write]) -> Operation:
         """Hands writes to the proxy, in no order. Each carries its own immediate (31 bits), if any."""
 
+    def wait(self, operation: Operation, seconds: float) -> bool:
+        """`operation.wait`, doing the proxy's work meanwhile if nobody else does."""
+
     def take_immediates(self, value: int, count: int, seconds: float) -> bool:
         """Waits until `value` was counted `count` times since the last take, takes them off; False after `seconds`."""
 

@@ -17,7 +17,7 @@ What holds, on every transport (csrc/transport.hpp):
 - **Waiting** is always bounded. A peer that is late: PeerTimeout; that died, closed or was disconnected: PeerLost; both
   name it. A lost peer stays lost: the process that comes back is a new engine with a new address.
 - **Threads**: every method may be called by any thread. One native thread (the proxy) does the work; it sleeps when
-  there is nothing to do.
+  there is nothing to do, and steps aside while a thread that waits here anyway does the work itself.
 - **Memory** registered or written from is kept alive by the engine until it is closed, or written.
 
 Over "shm" memory made by `empty` is written by plain stores; other memory by a system call (process_vm_writev), which
@@ -176,13 +176,19 @@ class TransferEngine:
         """Raises: ClosedError; the first error of the native thread."""
         self.native.raise_fault()
 
+    def wait_for(self, operation: _engine.Operation, seconds: float) -> bool:
+        """Whether it ended within `seconds`."""
+        native = self._native
+        return operation.wait(seconds) if native is None else native.wait(operation, seconds)
+
     def deadline(self, timeout_s: float | None) -> Deadline:
         """From now on. Raises: ArgumentError."""
         return Deadline(check_timeout(timeout_s, self._timeout_s))
 
     def stats(self) -> dict[str, int]:
-        """Counted since the engine was made, its own writes included: writes, bytes, immediates (received), loops and
-        sleeps of the native thread, messages_sent, messages_received; and now: regions, peers, unfinished transfers."""
+        """Counted since the engine was made, its own writes included: writes, bytes, immediates (received), loops
+        (helped: those of threads that waited, with something to do), sleeps, messages_sent, messages_received; and now:
+        regions, peers, unfinished transfers."""
         self._purge()
         return {
             **self.native.stats(),

@@ -91,7 +91,7 @@ class Transfer:
 
     def finish(self, deadline: Deadline) -> None:
         """`wait()` as a step of something longer."""
-        while not self._operation.wait(deadline.slice):
+        while not self._engine.wait_for(self._operation, deadline.slice):
             if deadline.over:
                 raise PeerTimeout(
                     f"{self._what} to {names_of(self._peers)}: not finished after {deadline.seconds:.1f} s"
@@ -107,7 +107,7 @@ class Transfer:
 
     def settle(self, deadline: Deadline) -> None:
         """Waits until it ended, well or not; at the deadline gives up the peers that are in the way."""
-        while not self._operation.wait(deadline.slice):
+        while not self._engine.wait_for(self._operation, deadline.slice):
             for peer in self._peers:
                 if peer.lost is None and deadline.over:
                     peer.close()

@@ -342,6 +342,41 @@ void stop_during_traffic() {
   }
 }
 
+// Threads that wait take the proxy's turns, one at a time; each gets its own, and right, bytes.
+void helpers() {
+  constexpr uint32_t kThreads = 3, kRounds = 200;
+  for (const uint64_t seed : {0, 16}) {
+    Rank a(seed), b(0);
+    const uint32_t to_b = a.connect(b), to_a = b.connect(a);
+    std::vector<std::thread> threads;
+    const auto ends = [&](Rank& mine, uint32_t peer, Rank& other, uint32_t value, bool first) {
+      for (uint32_t round = 0; round < kRounds; ++round) {
+        const uint64_t out = 128 * value, in = 128 * value + 64;
+        for (int step = 0; step < 2; ++step) {
+          if ((step == 0) == first) {
+            std::memcpy(mine.at(out), &round, sizeof round);
+            auto operation = write(mine, peer, other, out, in, 64, value);
+            if (round % 7 == 0) nap(0.0003);
+            CHECK(mine.proxy.wait(*operation, kSoon), "a write never ends");
+            CHECK_OK(operation->status());
+          } else {
+            CHECK(mine.proxy.take_immediates(value, 1, kSoon), "an immediate never comes");
+            uint32_t found = 0;
+            std::memcpy(&found, mine.at(in), sizeof found);
+            CHECK(found == round);
+          }
+        }
+      }
+    };
+    for (uint32_t value = 0; value < kThreads; ++value) {
+      threads.emplace_back([&, value] { ends(a, to_b, b, value, true); });
+      threads.emplace_back([&, value] { ends(b, to_a, a, value, false); });
+    }
+    for (std::thread& thread : threads) thread.join();
+    CHECK(a.proxy.stats().helped > 0 && b.proxy.stats().helped > 0, "nobody helped");
+  }
+}
+
 // What was submitted before stop() is carried out, however late the proxy sees it.
 void stop_right_after_a_write() {
   Rank b(0);
@@ -389,6 +424,7 @@ int main(int argc, char** argv) {
                      {"wrong_writes_end_alone", wrong_writes_end_alone},
                      {"heartbeats_advance", heartbeats_advance},
                      {"stop_during_traffic", stop_during_traffic},
+                     {"helpers", helpers},
                      {"stop_right_after_a_write", stop_right_after_a_write},
                      {"twenty_rounds", twenty_rounds}});
 }
