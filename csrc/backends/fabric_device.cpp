@@ -149,6 +149,7 @@ void disable_registration_cache() {
 // --- FabricLibrary -------------------------------------------------------------------------------
 
 Result<FabricLibrary> FabricLibrary::load() {
+  const KeepSignals keep;
   disable_registration_cache();
   void* handle = dlopen("libfabric.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (handle == nullptr) {

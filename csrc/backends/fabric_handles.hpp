@@ -58,9 +58,10 @@ struct FabricLibrary {
   std::string version_text() const;
 };
 
-// libfabric 1.17's shm provider replaces SIGINT, SIGTERM, SIGSEGV and SIGBUS handlers when the
-// library first looks for providers, whichever was asked for: Python would lose Ctrl-C. This puts
-// back what was there.
+// What libfabric loads takes signals over: its shm provider SIGINT, SIGTERM, SIGSEGV and SIGBUS,
+// when it first looks for providers, whichever was asked for; the PSM libraries that Debian's is
+// linked with these and more, when they are loaded, to write a backtrace into the current folder.
+// Python would lose Ctrl-C. This puts back what was there.
 class KeepSignals {
  public:
   KeepSignals() {
@@ -72,7 +73,8 @@ class KeepSignals {
   KeepSignals(const KeepSignals&) = delete;
 
  private:
-  static constexpr std::array kSignals{SIGINT, SIGTERM, SIGSEGV, SIGBUS};
+  static constexpr std::array kSignals{SIGINT, SIGTERM, SIGSEGV, SIGBUS, SIGABRT,
+                                       SIGILL, SIGFPE,  SIGHUP,  SIGQUIT};
   std::array<struct sigaction, kSignals.size()> saved_{};
 };
 

@@ -445,3 +445,36 @@ def test_parked_proxy_uses_no_cpu(engines, record_property) -> None:
 
 def test_public_name() -> None:
     assert moe_comm.TransferEngine is TransferEngine
+
+
+LOOKS_AT_SIGNALS = """
+import os, signal, sys
+from moe_comm import _engine
+
+def caught():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(line for line in lines if line.startswith("SigCgt"))
+
+before = caught()
+_engine.transports()
+assert caught() == before, (before, caught())
+for name in sys.argv[1:]:
+    engine = _engine.Engine(transport=name, interface="", secret=1, shard_bytes=0, chaos_seed=0)
+    assert caught() == before, (name, before, caught())
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_signal_handlers_stay(tmp_path):
+    """What libfabric loads installs handlers of its own: Ctrl-C would no longer be an exception."""
+    names = [t["name"] for t in _engine.transports() if t["available"]]
+    done = subprocess.run(
+        [sys.executable, "-c", LOOKS_AT_SIGNALS, *names],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout == "interrupted\n", done.stderr
+    assert not list(tmp_path.iterdir())
