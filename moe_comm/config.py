@@ -22,6 +22,11 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
         "both, as in mlx5_0,gid=3,traffic_class=106: port, gid (index), mtu (bytes, at most), pkey (index), sl, "
         "traffic_class, timeout (4.096 us * 2^n, 14), retries (7), rnr_timer (code, 12), relaxed (ordering, 1)",
     ),
+    "MOE_COMM_LIBFABRIC": (
+        str,
+        "libfabric.so.1",
+        "the libfabric that fabric:* opens, a file: AWS's is /opt/amazon/efa/lib/libfabric.so.1; read by the engine",
+    ),
     "MOE_COMM_RANKS_PER_NODE": (
         int,
         0,

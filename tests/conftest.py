@@ -10,6 +10,7 @@ import time
 import traceback
 from multiprocessing.connection import wait as wait_for
 
+import efa_rules as shim
 import pytest
 from rank_process import rank_main
 
@@ -119,6 +120,14 @@ def run_threads():
         return results
 
     return run
+
+
+@pytest.fixture(scope="session")
+def efa_rules(request) -> str:
+    """The library that MOE_COMM_LIBFABRIC names to have EFA's rules over tcp (tests/cpp/efa_rules.cpp)."""
+    if not shim.has_fabric_headers():
+        pytest.skip("no headers of libfabric, 1.17 or newer")
+    return str(shim.build(request.config.cache.mkdir("efa_rules")))
 
 
 @pytest.fixture(autouse=True)

@@ -151,12 +151,15 @@ void disable_registration_cache() {
 Result<FabricLibrary> FabricLibrary::load() {
   const KeepSignals keep;
   disable_registration_cache();
-  void* handle = dlopen("libfabric.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+  const char* asked_for = std::getenv("MOE_COMM_LIBFABRIC");
+  const std::string file = asked_for && *asked_for ? asked_for : "libfabric.so.1";
+  void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (handle == nullptr) {
     return Status(
         Code::kTransport,
         std::string("dlopen: ") + dlerror() +
-            "; install libfabric 1.17 or newer (Debian, Ubuntu: apt-get install libfabric1)");
+            "; install libfabric 1.17 or newer (Debian, Ubuntu: apt-get install libfabric1), or "
+            "say where it is in MOE_COMM_LIBFABRIC");
   }
   FabricLibrary library;
   decltype(&::fi_version) version = nullptr;
@@ -168,8 +171,7 @@ Result<FabricLibrary> FabricLibrary::load() {
       find("fi_getinfo", library.get_info) && find("fi_freeinfo", library.free_info) &&
       find("fi_dupinfo", library.dup_info) && find("fi_fabric", library.open_fabric) &&
       find("fi_strerror", library.error_text) && find("fi_version", version);
-  if (!complete)
-    return Status(Code::kTransport, "libfabric.so.1 lacks a function: " + std::string(dlerror()));
+  if (!complete) return Status(Code::kTransport, file + " lacks a function of libfabric's");
   library.version = version();
   if (FI_VERSION_LT(library.version, kApiVersion)) {
     return Status(Code::kTransport,

@@ -1,9 +1,11 @@
 """tests/cpp/transport_*.cpp, each of its cases over each backend of this machine.
 
 The program is compiled once for a state of its sources (kept in pytest's cache directory) and is told nothing but
-BACKEND and CASE, so a failure is repeated with `.pytest_cache/d/transport_suite/*/transport_suite fabric:tcp sizes`.
+BACKEND and CASE, so a failure is repeated with `.pytest_cache/d/transport_suite/*/transport_suite fabric:tcp sizes`
+(efa-rules: `MOE_COMM_LIBFABRIC=$(ls .pytest_cache/d/efa_rules/*/*.so) … fabric:efa sizes`).
 """
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -12,29 +14,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from efa_rules import compiler, has_fabric_headers
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = sorted((ROOT / "tests/cpp").glob("transport_*.cpp"))
 # With a NIC: MOE_COMM_TEST_BACKENDS="verbs:mlx5_0 fabric:efa".
 MORE_BACKENDS = os.environ.get("MOE_COMM_TEST_BACKENDS", "").split()
-BACKENDS = ("shm", "fabric:tcp", "fabric:shm", *MORE_BACKENDS)
+# efa-rules: fabric:efa, over a libfabric that allows what EFA allows (tests/cpp/efa_rules.cpp).
+BACKENDS = ("shm", "fabric:tcp", "fabric:shm", "efa-rules", *MORE_BACKENDS)
 CASES = [c for p in SUITE for c in re.findall(r'^    \{"(\w+)", \d', p.read_text(), re.MULTILINE)]
 COMPILE_S, CASE_S = 280, 110
 
 # Seconds of compiling are in the first test; the longest case waits 10 s for an answer that never comes.
 pytestmark = pytest.mark.timeout(COMPILE_S + CASE_S + 10)
-
-
-def compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "g++"))
-
-
-def has_fabric_headers() -> bool:
-    """libfabric's headers, 1.17 or newer: what setup.py asks too."""
-    program = """#include <rdma/fabric.h>
-        static_assert(FI_MAJOR_VERSION * 1000 + FI_MINOR_VERSION >= 1017);"""
-    command = [*compiler(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
-    return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
 
 def sources_and_headers() -> tuple[list[Path], list[Path]]:
@@ -79,21 +71,36 @@ def suite(request) -> Path:
     return program
 
 
+@dataclasses.dataclass
+class Backend:
+    name: str  # as the program knows it
+    program: Path
+    environment: dict[str, str]
+
+    def run(self, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.program, self.name, *arguments],
+            env=os.environ | self.environment, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+
 @pytest.fixture(scope="session", params=BACKENDS)
-def backend(request, suite) -> str:
+def backend(request, suite) -> Backend:
     """A backend that opens here; skips with the engine's own words otherwise."""
-    done = subprocess.run(
-        [suite, request.param, "--probe"], capture_output=True, text=True, timeout=60
-    )
+    found = Backend(request.param, suite, {})
+    if request.param == "efa-rules":
+        library = request.getfixturevalue("efa_rules")
+        found = Backend("fabric:efa", suite, {"MOE_COMM_LIBFABRIC": library})
+    done = found.run("--probe", timeout=60)
     if done.returncode == 3 and request.param not in ("shm", *MORE_BACKENDS):
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
-    return request.param
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_case(suite, backend, case):
-    done = subprocess.run([suite, backend, case], capture_output=True, text=True, timeout=CASE_S)
+def test_case(backend, case):
+    done = backend.run(case, timeout=CASE_S)
     assert done.returncode == 0, done.stderr + done.stdout
 
 

@@ -1,0 +1,39 @@
+"""Builds tests/cpp/efa_rules.cpp: a libfabric that allows what EFA allows."""
+
+import hashlib
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+SOURCE = Path(__file__).parent / "cpp/efa_rules.cpp"
+COMPILE_S = 120
+
+
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def has_fabric_headers() -> bool:
+    """libfabric's headers, 1.17 or newer: what setup.py asks too."""
+    program = """#include <rdma/fabric.h>
+        static_assert(FI_MAJOR_VERSION * 1000 + FI_MINOR_VERSION >= 1017);"""
+    command = [*compiler(), "-std=c++20", "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+
+
+def build(folder: Path) -> Path:
+    """The shared library; compiled once for a state of its source."""
+    command = [*compiler(), "-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-shared", "-fPIC"]
+    digest = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes())
+    library = folder / digest.hexdigest()[:16] / "libefa_rules.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        new = library.with_suffix(f".{os.getpid()}")
+        done = subprocess.run(
+            [*command, str(SOURCE), "-o", str(new), "-ldl"],
+            capture_output=True, text=True, timeout=COMPILE_S,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+        new.rename(library)
+    return library
