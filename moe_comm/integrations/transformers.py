@@ -15,9 +15,8 @@ Expert parameters are DTensors and the rest is not: optimizers need `foreach=Fal
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import moe_comm
+from moe_comm.integrations.buffers import Buffers, Options, checked
 
 try:
     from transformers.distributed.expert_parallel import (
@@ -41,40 +41,27 @@ except ImportError as error:
 
 NAME = "moe_comm"
 LAYOUTS = ("expert", "rank")
-# Arguments of Buffer that follow from the model; everything else in its signature is an option here.
-_FROM_MODEL = ("self", "group", "hidden", "topk", "num_experts", "dtype")
 _BUCKET_BYTES = 32 << 20  # gradients reduced at once: enough to hide latency, small beside a model
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What `configure` and `parallelize` set; `buffer` holds (name, value) pairs so that it can be a key."""
+    """What `configure` and `parallelize` set."""
 
     layout: str = "expert"
-    buffer: tuple[tuple[str, Any], ...] = field(default=())
+    buffer: Options = ()
 
     def with_changes(self, layout: str | None, buffer_options: dict[str, Any]) -> _Options:
         if layout is not None and layout not in LAYOUTS:
             raise ValueError(
                 f"layout: expected one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}"
             )
-        known = [
-            name
-            for name in inspect.signature(moe_comm.Buffer.__init__).parameters
-            if name not in _FROM_MODEL
-        ]
-        for name in buffer_options:
-            if name not in known:
-                raise TypeError(
-                    f"{name}: expected an option of moe_comm.Buffer ({', '.join(known)})"
-                )
-        buffer = tuple(sorted({**dict(self.buffer), **buffer_options}.items()))
+        buffer = checked({**dict(self.buffer), **buffer_options})
         return replace(self, layout=layout or self.layout, buffer=buffer)
 
 
 _options = _Options()
-# The key holds the process group itself: group names are reused after destroy_process_group, objects are not.
-_buffers: dict[tuple, moe_comm.Buffer] = {}
+_buffers = Buffers()
 
 
 def register() -> None:
@@ -96,14 +83,12 @@ def configure(*, layout: str | None = None, **buffer_options: Any) -> None:
 
 def buffers() -> list[moe_comm.Buffer]:
     """The Buffers in use, oldest first (for `stats()`)."""
-    return list(_buffers.values())
+    return _buffers.all()
 
 
 def close() -> None:
     """Close every Buffer made here and forget it. Collective; call it before `destroy_process_group`."""
-    while _buffers:
-        _, buffer = _buffers.popitem()
-        buffer.close()
+    _buffers.close()
 
 
 def parallelize(
@@ -223,18 +208,14 @@ class MoeCommEP(EPImplementation):
 
     def _buffer(self, x: torch.Tensor, topk_idx: torch.Tensor) -> moe_comm.Buffer:
         """The Buffer of my group; made on first use, which is collective, with that layer's shape in mind."""
-        group = self.ep_mesh.get_group()
-        key = (group, self.options.buffer)
-        if key not in _buffers:
-            _buffers[key] = moe_comm.Buffer(
-                group,
-                hidden=x.shape[1],
-                topk=topk_idx.shape[1],
-                num_experts=self.num_experts,
-                dtype=x.dtype,
-                **dict(self.options.buffer),
-            )
-        return _buffers[key]
+        return _buffers.of(
+            self.ep_mesh.get_group(),
+            self.options.buffer,
+            hidden=x.shape[1],
+            topk=topk_idx.shape[1],
+            num_experts=self.num_experts,
+            dtype=x.dtype,
+        )
 
 
 def all_reduce_gradients(model: torch.nn.Module, mesh: DeviceMesh, *, mean: bool = False) -> None:
