@@ -238,10 +238,17 @@ def run_gpt(rank, num_ranks, counts, model):
 # --- in the processes ----------------------------------------------------------------------------
 
 
-def start(rank, num_ranks, store):
+def start(rank, num_ranks, store, deep_ep=False):
     open_gloo(rank, num_ranks, store)
+    if deep_ep:
+        import moe_comm
+
+        moe_comm.install_as_deep_ep()
     prepare()
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe import fused_a2a
+
+    assert deep_ep == fused_a2a.HAVE_DEEP_EP == fused_a2a.HAVE_HYBRIDEP
 
     parallel_state.initialize_model_parallel(expert_model_parallel_size=num_ranks)
 
@@ -356,6 +363,19 @@ def run_split(rank, group, num_ranks, store):
     return layers, models
 
 
+def run_deep_ep(rank, group, num_ranks, store):
+    """The same through Megatron's own managers, which import deep_ep."""
+    start(rank, num_ranks, store, deep_ep=True)
+    counts, layers, models = (num_ranks,), {}, {}
+    for backend in ("deepep", "hybridep"):
+        make = lambda topk, backend=backend: make_layer(num_ranks, backend, topk)  # noqa: E731
+        layers[backend] = run_layers(rank, num_ranks, make, counts)
+        for k in (2, 3):
+            model = make_gpt(num_ranks, backend, k)
+            models[backend, k] = run_gpt(rank, num_ranks, counts, model)
+    return layers, models
+
+
 @pytest.fixture(scope="module")
 def alone_results():
     return {}
@@ -376,15 +396,16 @@ def expert_of(name, rank, num_ranks):
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize("run", [run_split, run_deep_ep])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_megatron(run_ranks, tmp_path, monkeypatch, alone_results, num_ranks):
+def test_megatron(run_ranks, tmp_path, monkeypatch, alone_results, num_ranks, run):
     """Top-k 2: bit for bit; above, sums of three or more have another order."""
     if not alone_results:
         (alone_results["all"],) = run_ranks(
             run_alone, 1, str(tmp_path / "one"), (2, 4), timeout_s=180
         )
     monkeypatch.setenv("MOE_COMM_RANKS_PER_NODE", "2")
-    results = run_ranks(run_split, num_ranks, num_ranks, str(tmp_path / "gloo"), timeout_s=180)
+    results = run_ranks(run, num_ranks, num_ranks, str(tmp_path / "gloo"), timeout_s=180)
     alone_layers, alone_models = alone_results["all"]
     for rank, (layers, models) in enumerate(results):
         for how, cases in layers.items():
