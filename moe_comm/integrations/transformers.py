@@ -1,12 +1,14 @@
-"""Hugging Face transformers (>= 5.23): a model's experts reached through moe_comm, by the public registry.
+"""Hugging Face transformers (>= 5.0): a model's experts reached through moe_comm, by the public registries.
 
-transformers hands an `EPImplementation` the tokens of one experts module with their global expert ids and
-weights, and a function that runs this rank's experts. Here that becomes one dispatch, the experts, one combine.
+From 5.23, transformers hands an `EPImplementation` the tokens of one experts module with their global expert ids and
+weights, and a function that runs this rank's experts. Before, a function registered in `ALL_EXPERTS_FUNCTIONS` is
+called in place of the experts' own forward; `parallelize` splits the parameters itself then.
+Either way that becomes one dispatch, the experts, one combine.
 - One Buffer per group (and options), made at the first forward and shared by all layers: its windows are the memory.
 - layout "expert" (default): one row per (token, local expert), no padding; the experts run with unit weights and
   the combine multiplies in fp32 before it sums, so bf16 results are rounded once less than in the plain model.
-- layout "rank": one row per token and top-k ids with the "off rank" sentinel; the experts weight and sum. They then
-  gather rows * K slots of which most are sentinels, and GptOss with eager experts rejects them: hence the default.
+- layout "rank" (>= 5.23): one row per token and top-k ids with the "off rank" sentinel; the experts weight and sum.
+  They then gather rows * K slots, most of them sentinels, which GptOss with eager experts rejects: hence the default.
 - A rank that receives no row runs one dummy row, so every rank has the same graph and FSDP reduces the same things.
 Expert gradients come back summed over all tokens of the group; the others are the caller's (`all_reduce_gradients`).
 Expert parameters are DTensors and the rest is not: optimizers need `foreach=False` (torch fuses no such mixture).
@@ -15,17 +17,18 @@ Expert parameters are DTensors and the rest is not: optimizers need `foreach=Fal
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import moe_comm
+from moe_comm.integrations.buffers import Buffers, Options, checked
 
 try:
     from transformers.distributed.expert_parallel import (
@@ -33,59 +36,55 @@ try:
         EPImplementationInterface,
         apply_expert_parallelism,
     )
-except ImportError as error:
-    raise ImportError(
-        "moe_comm.integrations.transformers needs transformers >= 5.23 (pip install 'transformers>=5.23'): "
-        f"{error}"
-    ) from error
+except ImportError:
+    EPImplementation = object  # 5.0 to 5.22
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            "moe_comm.integrations.transformers needs transformers >= 5.0, better >= 5.23 "
+            f"(pip install 'transformers>=5.23'): {error}"
+        ) from error
 
+HAS_EP = EPImplementation is not object
 NAME = "moe_comm"
 LAYOUTS = ("expert", "rank")
-# Arguments of Buffer that follow from the model; everything else in its signature is an option here.
-_FROM_MODEL = ("self", "group", "hidden", "topk", "num_experts", "dtype")
 _BUCKET_BYTES = 32 << 20  # gradients reduced at once: enough to hide latency, small beside a model
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What `configure` and `parallelize` set; `buffer` holds (name, value) pairs so that it can be a key."""
+    """What `configure` and `parallelize` set."""
 
     layout: str = "expert"
-    buffer: tuple[tuple[str, Any], ...] = field(default=())
+    buffer: Options = ()
 
     def with_changes(self, layout: str | None, buffer_options: dict[str, Any]) -> _Options:
         if layout is not None and layout not in LAYOUTS:
             raise ValueError(
                 f"layout: expected one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}"
             )
-        known = [
-            name
-            for name in inspect.signature(moe_comm.Buffer.__init__).parameters
-            if name not in _FROM_MODEL
-        ]
-        for name in buffer_options:
-            if name not in known:
-                raise TypeError(
-                    f"{name}: expected an option of moe_comm.Buffer ({', '.join(known)})"
-                )
-        buffer = tuple(sorted({**dict(self.buffer), **buffer_options}.items()))
+        buffer = checked({**dict(self.buffer), **buffer_options})
         return replace(self, layout=layout or self.layout, buffer=buffer)
 
 
 _options = _Options()
-# The key holds the process group itself: group names are reused after destroy_process_group, objects are not.
-_buffers: dict[tuple, moe_comm.Buffer] = {}
+_buffers = Buffers()
 
 
 def register() -> None:
-    """Make `ep_implementation="moe_comm"` known to transformers. May be called any number of times."""
-    EPImplementationInterface.register(NAME, MoeCommEP)
+    """Make `ep_implementation="moe_comm"` known to transformers (before 5.23, the experts implementation of that name).
+    May be called any number of times."""
+    if HAS_EP:
+        EPImplementationInterface.register(NAME, MoeCommEP)
+    else:
+        ALL_EXPERTS_FUNCTIONS.register(NAME, _registered_forward)
 
 
 def configure(*, layout: str | None = None, **buffer_options: Any) -> None:
     """Set the defaults for models parallelised from now on, e.g. by `from_pretrained(distributed_config=...)`.
 
-    layout: "expert" (one row per token and local expert) or "rank" (one row per token).
+    layout: "expert" (one row per token and local expert) or "rank" (one row per token; transformers >= 5.23).
     buffer_options: any option of `moe_comm.Buffer` that does not follow from the model, such as `window_bytes`,
     `max_tokens`, `hops`, `transport`, `ranks_per_node`, `timeout_s`. The same on every rank.
     *Raises* ValueError, TypeError: unknown layout or option.
@@ -96,14 +95,12 @@ def configure(*, layout: str | None = None, **buffer_options: Any) -> None:
 
 def buffers() -> list[moe_comm.Buffer]:
     """The Buffers in use, oldest first (for `stats()`)."""
-    return list(_buffers.values())
+    return _buffers.all()
 
 
 def close() -> None:
     """Close every Buffer made here and forget it. Collective; call it before `destroy_process_group`."""
-    while _buffers:
-        _, buffer = _buffers.popitem()
-        buffer.close()
+    _buffers.close()
 
 
 def parallelize(
@@ -123,13 +120,11 @@ def parallelize(
     *Raises* ValueError: no experts to split, already split, or E not a multiple of R.
     """
     register()
-    plan = model._expand_parallel_plan(dict(model.ep_plan or {}))
-    experts = [name for name, style in plan.items() if style == "ep_dispatch_experts"]
+    plan, experts = _experts_of(model)
     if not experts:
-        raise ValueError(
-            f"{type(model).__name__} has no ep_plan rule 'ep_dispatch_experts': no experts to split"
-        )
-    if getattr(model.get_submodule(experts[0]), "_is_hooked", False):
+        wanted = "ep_plan rule 'ep_dispatch_experts'" if HAS_EP else "experts module"
+        raise ValueError(f"{type(model).__name__} has no {wanted}: no experts to split")
+    if any(getattr(module, "_is_hooked", False) for module in experts):
         raise ValueError(
             f"{type(model).__name__}: its experts are already split; build the model anew"
         )
@@ -138,7 +133,9 @@ def parallelize(
             ep_mesh.device_type, (dist.get_world_size(), 1), mesh_dim_names=("all", "tp")
         )["tp"]
     with _options_set_to(_options.with_changes(layout, buffer_options)):
-        return apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, ep_implementation=NAME)
+        if HAS_EP:
+            return apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, ep_implementation=NAME)
+        return _split_experts(model, experts, ep_mesh, tp_mesh)
 
 
 @contextlib.contextmanager
@@ -152,18 +149,16 @@ def _options_set_to(options: _Options) -> Iterator[None]:
         _options = before
 
 
-class MoeCommEP(EPImplementation):
-    """The experts of one layer. Built by transformers, once per experts module, when the plan is applied.
+class _Exchange:
+    """The experts of one layer: dispatch, `experts_forward` with local expert ids, combine. See `MoeCommEP`."""
 
-    Called with hidden_states [T, H], top_k_index [T, K] (global expert ids, -1: none), top_k_weights [T, K];
-    returns [T, H], weighted and summed, differentiable in hidden_states, top_k_weights and the experts' parameters.
-    T may differ between ranks and may be 0. Blocks the CPU like any other layer.
-    """
-
-    def __init__(self, experts: torch.nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
-        super().__init__(experts, ep_mesh, tp_mesh)
+    def __init__(
+        self, experts_forward: Any, num_local_experts: int, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh
+    ):
+        self.experts_forward = experts_forward
+        self.num_local_experts, self.ep_mesh, self.tp_mesh = num_local_experts, ep_mesh, tp_mesh
         self.options = _options
-        self.num_experts = self.num_local_experts * ep_mesh.size()
+        self.num_experts = num_local_experts * ep_mesh.size()
 
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -223,18 +218,107 @@ class MoeCommEP(EPImplementation):
 
     def _buffer(self, x: torch.Tensor, topk_idx: torch.Tensor) -> moe_comm.Buffer:
         """The Buffer of my group; made on first use, which is collective, with that layer's shape in mind."""
-        group = self.ep_mesh.get_group()
-        key = (group, self.options.buffer)
-        if key not in _buffers:
-            _buffers[key] = moe_comm.Buffer(
-                group,
-                hidden=x.shape[1],
-                topk=topk_idx.shape[1],
-                num_experts=self.num_experts,
-                dtype=x.dtype,
-                **dict(self.options.buffer),
+        return _buffers.of(
+            self.ep_mesh.get_group(),
+            self.options.buffer,
+            hidden=x.shape[1],
+            topk=topk_idx.shape[1],
+            num_experts=self.num_experts,
+            dtype=x.dtype,
+        )
+
+
+class MoeCommEP(EPImplementation):
+    """The experts of one layer. Built by transformers, once per experts module, when the plan is applied.
+
+    Called with hidden_states [T, H], top_k_index [T, K] (global expert ids, -1: none), top_k_weights [T, K];
+    returns [T, H], weighted and summed, differentiable in hidden_states, top_k_weights and the experts' parameters.
+    T may differ between ranks and may be 0. Blocks the CPU like any other layer.
+    """
+
+    def __init__(self, experts: torch.nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh):
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.exchange = _Exchange(self.experts_forward, self.num_local_experts, ep_mesh, tp_mesh)
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        return self.exchange(hidden_states, top_k_index, top_k_weights)
+
+
+# --- transformers 5.0 to 5.22 --------------------------------------------------------------------
+
+
+def _experts_of(model: Any) -> tuple[Any, list[Any]]:
+    """(expanded plan, experts modules). Before 5.23 an experts module is what takes an experts implementation."""
+    if HAS_EP:
+        plan = model._expand_parallel_plan(dict(model.ep_plan or {}))
+        names = [name for name, style in plan.items() if style == "ep_dispatch_experts"]
+        return plan, [model.get_submodule(name) for name in names]
+    marks = {"is_transposed", "has_bias", "num_experts"}  # set by its decorator, or always there
+    return None, [m for m in model.modules() if marks <= vars(m).keys() and m._parameters]
+
+
+def _split_experts(model: Any, experts: list[Any], ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> Any:
+    """What `apply_expert_parallelism` does from 5.23 on: parameters as DTensors, and the forward replaced."""
+    if _options.layout != "expert":
+        raise ValueError(
+            f"layout: expected 'expert' with transformers before 5.23, got {_options.layout!r}"
+        )
+    num_ranks = ep_mesh.size()
+    for module in experts:
+        if module.num_experts % num_ranks:
+            raise ValueError(
+                f"num_experts: expected a multiple of {num_ranks} ranks, got {module.num_experts}"
             )
-        return _buffers[key]
+    chosen = [module.config._experts_implementation for module in experts]
+    for module, implementation in zip(experts, chosen):
+        forward: Any = type(module).forward.__wrapped__
+        if implementation not in (None, "eager"):
+            # Our own name: another model was split that has this configuration, too.
+            usual = "grouped_mm" if implementation == NAME else implementation
+            forward = ALL_EXPERTS_FUNCTIONS[usual]
+        for name, p in list(module._parameters.items()):
+            shared = distribute_tensor(p.detach(), ep_mesh, [Shard(0)], src_data_rank=None)
+            module._parameters[name] = torch.nn.Parameter(shared, requires_grad=p.requires_grad)
+        num_local = module.num_experts // num_ranks
+        run = functools.partial(forward, _LocalExperts(module, num_local))
+        module._moe_comm_exchange = _Exchange(run, num_local, ep_mesh, tp_mesh)
+        module._is_hooked = True
+        module.config._experts_implementation = NAME
+    return model
+
+
+class _LocalExperts:
+    """An experts module as its forward sees it on this rank: local parameters, local number of experts."""
+
+    def __init__(self, module: torch.nn.Module, num_experts: int):
+        self._module, self.num_experts = module, num_experts
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _registered_forward(
+    experts: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """In place of the forward of an experts module whose configuration says "moe_comm"."""
+    exchange = getattr(experts, "_moe_comm_exchange", None)
+    if exchange is None:
+        raise ValueError(
+            f'experts_implementation: expected another than "{NAME}" for experts that are not split; '
+            "call moe_comm.integrations.transformers.parallelize(model, mesh)"
+        )
+    if top_k_weights.shape != top_k_index.shape:  # [T, E]: some routers return all of them
+        top_k_weights = top_k_weights.gather(1, top_k_index)
+    return exchange(hidden_states, top_k_index, top_k_weights)
+
+
+# --- gradients -----------------------------------------------------------------------------------
 
 
 def all_reduce_gradients(model: torch.nn.Module, mesh: DeviceMesh, *, mean: bool = False) -> None:

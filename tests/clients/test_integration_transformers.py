@@ -1,0 +1,112 @@
+"""Six models of transformers >= 5.23 with their experts behind moe_comm, and of 5.0 and 5.22, without EP of their own.
+
+    pip install --no-deps --target build/transformers-VERSION transformers==VERSION …      (the two old ones)
+
+Starting a rank costs seconds, so each group of processes runs all cases; a failure names its case.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformer_models import MODELS, build, check_fsdp, check_model, mesh_of, of_each
+
+OPTIONS = {"ranks_per_node": 2, "window_bytes": 8 << 20}
+OLD = {
+    version: Path(__file__).parents[2] / f"build/transformers-{version}"
+    for version in ("5.0.0", "5.22.2")
+}
+
+
+def start(rank, num_ranks, store):
+    found = dist.FileStore(store, num_ranks)
+    dist.init_process_group("gloo", store=found, rank=rank, world_size=num_ranks)
+    return mesh_of((num_ranks, 1), "ep", "tp")
+
+
+def check_new(rank, group, num_ranks, store):
+    mesh = start(rank, num_ranks, store)
+    import moe_comm.integrations.transformers as ep
+
+    batches = of_each(num_ranks)
+    for name in MODELS:
+        for layout in ("expert", "rank"):
+            models = [build(name), build(name)]
+            check_model(f"{name} {layout}", models, mesh, layout, batches, **OPTIONS)
+    ep.close()
+    for name in MODELS if num_ranks == 2 else MODELS[:2]:
+        for layout in ("expert", "rank"):
+            check_fsdp(name, layout, num_ranks)
+    ep.close()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_models(run_ranks, tmp_path, num_ranks):
+    pytest.importorskip(
+        "transformers.distributed.expert_parallel", reason="needs transformers >= 5.23"
+    )
+    run_ranks(check_new, num_ranks, num_ranks, str(tmp_path / "store"), timeout_s=280)
+
+
+def check_old(rank, group, num_ranks, store, version):
+    sys.path.insert(0, str(OLD[version]))
+    import transformers
+
+    assert transformers.__version__ == version
+    mesh = start(rank, num_ranks, store)
+    import moe_comm.integrations.transformers as ep
+
+    batches = of_each(num_ranks)
+    for name in MODELS:
+        models = [build(name), build(name)]
+        check_model(f"{version} {name}", models, mesh, "expert", batches, **OPTIONS)
+        with pytest.raises(ValueError, match=f"{name}ForCausalLM: its experts are already split"):
+            ep.parallelize(models[1], mesh["ep"], mesh["tp"])
+    models = [build("Qwen3Moe"), build("Qwen3Moe")]
+    models[1].gradient_checkpointing_enable()
+    check_model(f"{version} checkpointing", models, mesh, "expert", batches, **OPTIONS)
+    models = [build("GptOss"), build("GptOss")]
+    for model in models:
+        model.set_experts_implementation("eager")
+    check_model(f"{version} eager", models, mesh, "expert", batches, **OPTIONS)
+    assert len(ep.buffers()) == 1, "one Buffer for all layers and models of a group"
+    shared = build("Mixtral")
+    split = type(shared)(shared.config)
+    split.load_state_dict(shared.state_dict())
+    models = [build("Mixtral"), split]
+    check_model(f"{version} one configuration", models, mesh, "expert", batches, **OPTIONS)
+    with pytest.raises(
+        ValueError, match='expected another than "moe_comm" for experts that are not'
+    ):
+        shared(torch.zeros(1, 4, dtype=torch.int64))
+    ep.parallelize(shared, mesh["ep"], mesh["tp"], **OPTIONS)
+    shared(torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(
+        ValueError, match=r"layout: expected .expert. with transformers before 5\.23"
+    ):
+        ep.parallelize(build("Mixtral"), mesh["ep"], mesh["tp"], layout="rank")
+    with pytest.raises(
+        ValueError, match=f"num_experts: expected a multiple of {num_ranks} ranks, got 7"
+    ):
+        ep.parallelize(build("Mixtral", num_local_experts=7), mesh["ep"], mesh["tp"])
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no experts module"):
+        sizes = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "vocab_size": 8,
+        }
+        config = transformers.LlamaConfig(intermediate_size=16, **sizes)
+        ep.parallelize(transformers.LlamaForCausalLM(config), mesh["ep"], mesh["tp"])
+    ep.close()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("version, num_ranks", [("5.0.0", 2), ("5.22.2", 4)])
+def test_models_of_old_versions(run_ranks, tmp_path, num_ranks, version):
+    if not OLD[version].exists():
+        pytest.skip(f"needs transformers {version} in {OLD[version]} (pip, --no-deps)")
+    run_ranks(check_old, num_ranks, num_ranks, str(tmp_path / "store"), version, timeout_s=280)
