@@ -1,4 +1,4 @@
-"""Wrong input on one rank, for each method of ElasticBuffer and HybridEPBuffer: it raises on all, and the next call works.
+"""Wrong input on one rank, for each method of ElasticBuffer and HybridEPBuffer: all raise, and the next call works.
 
 The rank raises ArgumentError, the others PeerError with its text; where ranks pass different but possible things, all
 raise MismatchError. In real processes over gloo.
@@ -171,7 +171,7 @@ def check_elastic_combine(rank, group, num_ranks, store):
             if rank == WRONG:
                 handle.recv_src_metadata = changed(kept, (0, 0), 10**6)
             kind = moe_comm.ArgumentError if rank == WRONG else moe_comm.PeerError
-            with pytest.raises(kind, match="handle.recv_src_metadata: expected"):
+            with pytest.raises(kind, match=r"handle\.recv_src_metadata: expected"):
                 buffer.combine(**given)
             handle.recv_src_metadata = kept
             works()
