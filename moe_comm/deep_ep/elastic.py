@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import buffer as core
-from ..arguments import Found, wrong
+from ..arguments import Found, check_rows, wrong
 from ..config import Config as WindowConfig
 from ..dispatch import COMBINE, DISPATCH, Dispatched
 from ..errors import ClosedError
@@ -317,7 +317,8 @@ class ElasticBuffer:
         if not synced and not most:
             raise wrong("num_max_tokens_per_rank", "an int > 0 without CPU sync", most)
         payload = x[0] if isinstance(x, (tuple, list)) and x else x
-        if most and isinstance(payload, Tensor) and len(payload) > most:
+        check_rows("x", payload)
+        if most and len(payload) > most:
             raise wrong("x", f"at most num_max_tokens_per_rank = {most} tokens", payload)
         return most
 

@@ -12,7 +12,9 @@ may be used in any order; nothing has to be cleaned in between.
   a collective call raise PeerError with its text, and the next call works. A lost peer raises PeerLost, a late one
   PeerTimeout.
 - On the CPU a call is done when it returns; events exist and behave. `event.event` is None unless async_finish.
-- Absent, because nothing here masks ranks yet: low_latency_{update,query,clean}_mask_buffer; enable_shrink is refused.
+- With enable_shrink, low-latency calls go on without a rank that is lost or late (MOE_COMM_TIMEOUT_S,
+  MOE_COMM_SILENCE_S): a warning is logged, its mask is 1, it has no tokens, tokens for its experts are dropped, and
+  what it owed is left out of sums. Normal mode has no masks, as in DeepEP: there, a lost peer ends the Buffer.
 """
 
 from collections.abc import Callable
@@ -55,7 +57,7 @@ class Buffer:
         comm: instead of `group` (None then), an mpi4py communicator.
         low_latency_mode: low_latency_dispatch and low_latency_combine may be called as well as the normal ones.
         explicitly_destroy: `destroy()` will be called. It need not be: a Buffer that nobody holds is closed.
-        enable_shrink: must be False.
+        enable_shrink: low-latency calls mask ranks that are lost or late instead of raising.
 
     The rest is kept and does nothing, see the head of this file. Positional arguments are read as DeepEP 2 orders them;
     where the types say that an older order is meant (a communicator in the ninth place, use_fabric in the eighth of
@@ -85,8 +87,6 @@ class Buffer:
         shrink: Any = enable_shrink
         if not isinstance(shrink, (bool, int)):  # comm came ninth
             enable_shrink, comm = False, shrink
-        if enable_shrink:
-            raise wrong("enable_shrink", "False: nothing here masks ranks yet", enable_shrink)
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
             if not (isinstance(value, int) and value >= 0):
                 raise wrong(name, "an int >= 0", value)
@@ -101,13 +101,13 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = bool(low_latency_mode)
         self.explicitly_destroy = bool(explicitly_destroy)
-        self.enable_shrink = False
+        self.enable_shrink = bool(enable_shrink)
         # On one node both paths are the same, but for hops="rank" the sum starts at the bias, as in DeepEP's kernels
         # for one node; between nodes it starts there after the nodes were summed, as in theirs.
         found = survey(self._group, WindowConfig.resolve().ranks_per_node, {})
         hops = "rank" if found.topology.num_nodes == 1 else "node"
         self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops)
-        self._low_latency = LowLatency(self._group)
+        self._low_latency = LowLatency(self._group, self.enable_shrink)
         self._scratch: dict[bool, Tensor] = {}
 
     def destroy(self) -> None:
@@ -437,6 +437,35 @@ class Buffer:
     ) -> None:
         """Returns: normal and low-latency calls share nothing that would have to be cleaned. Not collective."""
         self._check_low_latency()
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """mask=True: low-latency calls go on without `rank_to_mask`, which is not told and will wait for this rank in
+        vain. Local. mask=False: for a rank that is not masked, nothing.
+
+        Raises: ArgumentError without enable_shrink; for this rank itself; for mask=False if the rank is masked: it
+        missed exchanges, so a change on one rank cannot take it back (`low_latency_clean_mask_buffer` can).
+        """
+        self._check_shrink().update_mask(rank_to_mask, bool(mask))
+
+    def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
+        """Writes int32 [R]: 1 for ranks that are masked here, else 0. Local; knows of a loss after the call that found
+        it. Raises: ArgumentError without enable_shrink, or for another tensor."""
+        self._check_shrink().query_mask(mask_status)
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Takes masked ranks back. Collective of the ranks that live, masked ones too, where DeepEP's is local.
+
+        Those who come within 10 s (MOE_COMM_TIMEOUT_S, if less) go on with one another; who does not come stays
+        masked. Handles and hooks from before raise. Before the first low-latency call it only forgets masks, and is
+        local. Raises: ArgumentError without enable_shrink; PeerTimeout on a masked rank whom nobody met.
+        """
+        self._check_shrink().windows.unmask()
+
+    def _check_shrink(self) -> LowLatency:
+        low_latency = self._check_low_latency()
+        if not self.enable_shrink:
+            raise wrong("enable_shrink", "True for masks", False)
+        return low_latency
 
     def _check_low_latency(self) -> LowLatency:
         self._check_alive()

@@ -40,9 +40,9 @@ class Ticket:
 class LowLatency:
     """The low-latency half of one `deep_ep.Buffer`."""
 
-    def __init__(self, group: EPGroup):
+    def __init__(self, group: EPGroup, mask_lost: bool = False):
         self.group = group
-        self.windows = Windows(group)
+        self.windows = Windows(group, mask_lost)
         self._combine_rows: Tensor | None = None
 
     def close(self) -> None:
@@ -215,6 +215,40 @@ class LowLatency:
             flat = torch.zeros(shape[0] * shape[1] * stride, dtype=torch.bfloat16)
             self._combine_rows = flat.as_strided(shape, (shape[1] * stride, stride, 1))
         return self._combine_rows
+
+    # --- masks -----------------------------------------------------------------------------------
+
+    def check_rank(self, rank: Any) -> None:
+        num_ranks = self.group.num_ranks
+        if not (isinstance(rank, int) and 0 <= rank < num_ranks):
+            raise wrong("rank_to_mask", f"a rank of {num_ranks}", rank)
+
+    def update_mask(self, rank: int, mask: bool) -> None:
+        """`Buffer.low_latency_update_mask_buffer`."""
+        self.check_rank(rank)
+        masked = self.windows.masked()[rank]
+        if masked and not mask:
+            raise wrong(
+                "mask",
+                "True for a masked rank: it missed exchanges, so only low_latency_clean_mask_buffer(), called by all "
+                "ranks that live, can take it back",
+                mask,
+            )
+        if mask and rank == self.group.rank:
+            raise wrong("rank_to_mask", "another rank", rank)
+        if mask and not masked:
+            self.windows.mask(rank)
+
+    def query_mask(self, mask_status: Tensor) -> None:
+        """`Buffer.low_latency_query_mask_buffer`."""
+        shape = (self.group.num_ranks,)
+        if not (
+            isinstance(mask_status, Tensor)
+            and mask_status.dtype is torch.int32
+            and mask_status.shape == shape
+        ):
+            raise wrong("mask_status", f"int32 {shape}", mask_status)
+        mask_status.copy_(torch.tensor(self.windows.masked()))
 
 
 # --- arguments -----------------------------------------------------------------------------------

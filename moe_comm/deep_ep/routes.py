@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import wrong
+from ..arguments import check_rows, wrong
 from ..buffer import Buffer
 from ..dispatch import Dispatched, no_rows
 from ..handle import Handle
@@ -90,6 +90,7 @@ class Routes:
 def check_again(x: Any, weights: Any, handle: Handle) -> None:
     """Raises ArgumentError unless `dispatch_again` can send these."""
     shape = (handle.num_tokens, handle.topk)
+    check_rows("x", x[0] if isinstance(x, (tuple, list)) and x else x)
     if weights is None:
         return
     if not (isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape == shape):

@@ -7,22 +7,30 @@ collective. Handles go on working; a Buffer with open hooks lives until they wer
 Ranks that disagree, or whose arguments are wrong, must not leave the others waiting. So a rank that needs more room
 first refuses one exchange of the present Buffer for that reason, which costs growth one exchange; a rank that did not
 know learns it there and joins the gather in which all ranks say what they need, or what is wrong.
+
+NOTE [masks] With `mask_lost` a rank that is lost or late is masked, by each rank for itself, and calls go on without
+it. A local change cannot take it back: it missed exchanges, and its windows may belong to a dead process. So all ranks
+that live meet (`unmask`), and those who come begin the next generation. Growth needs every rank, so it ends with the
+first mask.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..buffer import Buffer
-from ..errors import ArgumentError, MismatchError, PeerError
+from ..errors import ArgumentError, MismatchError, PeerError, PeerLost
 from ..event import Hook
 from ..group import EPGroup
 from ..layout import RowFormat
 from .refuse import take_part
 
 GROWS = "low-latency windows must grow"
+MEET_TIMEOUT_S = 10.0  # for masked ranks that may come back
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +54,19 @@ class Sizes:
         return min(self.topk, -(-self.experts // num_ranks))
 
     def window_bytes(self, num_ranks: int) -> int:
-        """Enough for windows of M rows, whatever the nodes: 2 banks, R windows received and R sent."""
-        row = RowFormat.of_dispatch(
-            self.hidden_bytes * self.copies(num_ranks), 0, self.topk, weights=True
-        )
-        return 2 * 2 * num_ranks * self.tokens * row.row_bytes
+        """Enough for windows of M tokens, all copies of each, whatever the nodes: 2 banks, R windows received and R
+        sent."""
+        row = RowFormat.of_dispatch(self.hidden_bytes, 0, self.topk, weights=True)
+        return 2 * 2 * num_ranks * self.tokens * self.copies(num_ranks) * row.row_bytes
 
 
 class Windows:
-    """The present Buffer, and smaller ones whose hooks are open."""
+    """The present Buffer, and smaller ones whose hooks are open. `mask_lost`: NOTE [masks]."""
 
-    def __init__(self, group: EPGroup):
+    def __init__(self, group: EPGroup, mask_lost: bool = False):
         self.group = group
+        self.mask_lost = mask_lost
+        self._masked: set[int] = set()  # as far as was told, or asked for
         self.buffer: Buffer | None = None
         self.retired: list[Buffer] = []
         self._sizes = Sizes(1, 16, 1, 1)
@@ -80,6 +89,7 @@ class Windows:
         if buffer is None or not (sizes is None or self._sizes.holds(sizes)):
             if buffer is not None:
                 take_part(buffer, kind, f"{GROWS}: {sizes}")
+                self._check_all_there(sizes)
             self._agree(sizes, error)
             assert sizes is not None
             buffer = self._grow(sizes)
@@ -93,6 +103,7 @@ class Windows:
             raise
         if isinstance(got, Hook):
             self._hooks = [*((b, h) for b, h in self._hooks if not h.done), (buffer, got)]
+        self._tell_masked()
         return got
 
     def receive(self, hook: Hook, sizes: Sizes | None) -> None:
@@ -102,10 +113,63 @@ class Windows:
         except PeerError as refused:
             self._join(refused, sizes, None)
             raise
+        self._tell_masked()
+
+    # --- masks -----------------------------------------------------------------------------------
+
+    def masked(self) -> tuple[bool, ...]:
+        """[R]: ranks that this rank does without."""
+        ranks = range(self.group.num_ranks)
+        if self.buffer is None:
+            return tuple(r in self._masked for r in ranks)
+        return tuple(not alive for alive in self.buffer.alive())
+
+    def mask(self, rank: int) -> None:
+        """From the next call on, as if `rank` were lost. Local; another rank than this."""
+        if self.buffer is not None:
+            self.buffer.mask(rank)
+        self._masked.add(rank)
+
+    def unmask(self) -> None:
+        """Collective of the ranks that live, masked or not: those who come within 10 s go on together, nobody of them
+        masked. Handles and hooks from before raise."""
+        self._masked.clear()
+        if self.buffer is None:
+            return
+        timeout_s = min(MEET_TIMEOUT_S, self.buffer.config.timeout_s)
+        everyone = range(self.group.num_ranks)
+        self._hooks.clear()
+        try:
+            self.buffer.recover(expect=everyone, timeout_s=timeout_s)
+        except PeerLost:  # the others met before without this rank
+            self.buffer.rejoin(timeout_s=timeout_s)
+        self._tell_masked()
+
+    def _tell_masked(self) -> None:
+        """Logs which ranks were masked since the last call."""
+        found = {rank for rank, masked in enumerate(self.masked()) if masked}
+        for rank in sorted(found - self._masked):
+            _log.warning(
+                "low-latency call: rank %d goes on without rank %d, which is lost or late",
+                self.group.rank,
+                rank,
+            )
+        self._masked = found
+
+    def _check_all_there(self, sizes: Sizes | None) -> None:
+        """Before windows grow."""
+        masked = [rank for rank, masked in enumerate(self.masked()) if masked]
+        if masked:
+            raise ArgumentError(
+                f"low-latency call: expected at most {self._sizes} while ranks {masked} are masked, got {sizes}"
+            )
+
+    # --- growth ----------------------------------------------------------------------------------
 
     def _join(self, refused: PeerError | None, sizes: Sizes | None, error: str | None) -> None:
         """Where a peer refused an exchange in order to grow: the gather that it waits in. Raises then."""
         if refused is not None and GROWS in str(refused):
+            self._check_all_there(sizes)
             self._agree(sizes, error)
 
     def _agree(self, sizes: Sizes | None, error: str | None) -> None:
@@ -127,9 +191,11 @@ class Windows:
         sizes = self._sizes = self._sizes.union(sizes)
         self.buffer = Buffer(
             self.group, hops="rank", max_tokens=sizes.tokens, topk=sizes.topk, num_experts=sizes.experts,
-            hidden=sizes.hidden_bytes * sizes.copies(num_ranks), dtype=torch.uint8,
-            window_bytes=sizes.window_bytes(num_ranks),
+            hidden=sizes.hidden_bytes, dtype=torch.uint8, each_copy=True,
+            window_bytes=sizes.window_bytes(num_ranks), mask_lost=self.mask_lost,
         )  # fmt: skip
+        for rank in self._masked:
+            self.buffer.mask(rank)
         return self.buffer
 
     def _retire(self) -> None:
