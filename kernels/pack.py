@@ -7,7 +7,7 @@ A row is payload · scales · source token · top-k ids · weights, at offsets t
 import torch
 from torch import Tensor
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from .language import INTEGERS, Items, as_integers, items_at, jit, launch, tl
 
 
 def row_bytes_of(values: Tensor, index: Tensor) -> Tensor:
@@ -15,7 +15,7 @@ def row_bytes_of(values: Tensor, index: Tensor) -> Tensor:
 
     Moved as integers: not every dtype can be indexed on every device, and no NaN may change.
     """
-    integers = values.view(_INTEGERS[values.element_size()])
+    integers = values.view(INTEGERS[values.element_size()])
     return integers[index].contiguous().view(torch.uint8)
 
 
@@ -60,3 +60,97 @@ def pack_torch(
     put(ids_at, topk_idx[token].int().view(torch.uint8))
     if topk_weights is not None:
         put(weights_at, row_bytes_of(topk_weights, token))
+
+
+@jit
+def copy_tile(to, source, source_stride, width, tile, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile of a row of `width` units. Items are next to each other in `to`, and in `source` too if UNIT > 1."""
+    items = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = items < width * UNIT
+    if UNIT > 1:
+        values = tl.load(source + items, mask=mask)
+    else:
+        values = tl.load(source + items.to(tl.int64) * source_stride, mask=mask)
+    tl.store(to + items, values, mask=mask)
+
+
+@jit
+def pack_rows(
+    window, window_stride, x, x_stride, x_item_stride, width, lane_rows, lane_rows_stride, starts, lane, first_token,
+    scales, scales_stride, scales_item_stride, num_scales, scales_at,
+    topk_idx, topk_idx_stride, topk_weights, topk_weights_stride, topk, token_at, ids_at, weights_at,
+    BYTES: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr, SCALE_BYTES: tl.constexpr, SMALL: tl.constexpr,
+):  # fmt: skip
+    """One tile of one token's payload; the first tile's program also writes what follows the payload."""
+    token = first_token + tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    row = tl.load(lane_rows + token * lane_rows_stride + lane)
+    if row >= 0:
+        to_row = (row - tl.load(starts + lane)).to(tl.int64)
+        copy_tile(
+            items_at(window, BYTES) + to_row * window_stride * UNIT,
+            items_at(x, BYTES) + token * x_stride * UNIT,
+            x_item_stride, width, tile, UNIT, BLOCK,
+        )  # fmt: skip
+        if tile == 0:
+            words = items_at(window, 4) + to_row * (window_stride * UNIT * BYTES // 4)
+            if scales is not None:
+                to = items_at(window, SCALE_BYTES) + to_row * (
+                    window_stride * UNIT * BYTES // SCALE_BYTES
+                )
+                to += scales_at // SCALE_BYTES
+                for some in range(0, num_scales, SMALL):
+                    items = some + tl.arange(0, SMALL)
+                    mask = items < num_scales
+                    from_ = scales + token * scales_stride + items.to(tl.int64) * scales_item_stride
+                    tl.store(to + items, tl.load(from_, mask=mask), mask=mask)
+            if topk_idx is not None:
+                tl.store(words + token_at // 4, token.to(tl.int32))
+                for some in range(0, topk, SMALL):
+                    items = some + tl.arange(0, SMALL)
+                    mask = items < topk
+                    ids = tl.load(topk_idx + token * topk_idx_stride + items, mask=mask)
+                    tl.store(words + ids_at // 4 + items, ids.to(tl.int32), mask=mask)
+                    if topk_weights is not None:
+                        weights = tl.load(
+                            topk_weights + token * topk_weights_stride + items, mask=mask
+                        )
+                        tl.store(words + weights_at // 4 + items, weights, mask=mask)
+
+
+def pack_triton(
+    window: Tensor,
+    x: Tensor,
+    lane_rows: Tensor,
+    starts: Tensor,
+    *,
+    scales: Tensor | None = None,
+    topk_idx: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    lane: int,
+    first_token: int,
+    last_token: int,
+    scales_at: int = 0,
+    token_at: int = 0,
+    ids_at: int = 0,
+    weights_at: int = 0,
+) -> None:
+    items = Items.of(x.shape[1] * x.element_size(), x.element_size(), x, window)
+    scale_bytes = 4 if scales is None else scales.element_size()
+    if topk_idx is None:
+        topk_weights = None
+    scales, topk_idx, topk_weights = (
+        t if t is None else as_integers(t) for t in (scales, topk_idx, topk_weights)
+    )
+    topk_idx, topk_weights = (
+        t if t is None or t.stride(1) == 1 else t.contiguous() for t in (topk_idx, topk_weights)
+    )
+    launch(
+        pack_rows, (last_token - first_token, items.tiles), window, items.stride(window), as_integers(x),
+        items.stride(x), items.item_stride(x), items.width, lane_rows, lane_rows.stride(0), starts, lane, first_token,
+        scales, *((0, 0, 0) if scales is None else (*scales.stride(), scales.shape[1])), scales_at,
+        topk_idx, 0 if topk_idx is None else topk_idx.stride(0),
+        topk_weights, 0 if topk_weights is None else topk_weights.stride(0),
+        0 if topk_idx is None else topk_idx.shape[1], token_at, ids_at, weights_at,
+        BYTES=items.bytes, UNIT=items.unit, BLOCK=items.block, SCALE_BYTES=scale_bytes, SMALL=64,
+    )  # fmt: skip
