@@ -25,6 +25,14 @@ from .forward import (
     forward_triton,
 )
 from .pack import pack_torch, pack_triton
+from .quant import (
+    cast_from_fp8_torch,
+    cast_from_fp8_triton,
+    cast_to_fp8_torch,
+    cast_to_fp8_triton,
+    through_logfmt_torch,
+    through_logfmt_triton,
+)
 from .reduce import (
     lane_columns_torch,
     lane_columns_triton,
@@ -53,7 +61,7 @@ from .unpack import (
 
 
 class Kernels(NamedTuple):
-    """One implementation of every step, in the order of their use. Signatures are the twins'."""
+    """One implementation of every step, in the order of their use, and of the casts. Signatures are the twins'."""
 
     name: str
     route: Callable[..., Routed]
@@ -68,6 +76,9 @@ class Kernels(NamedTuple):
     row_offsets: Callable[..., Tensor]
     reduce: Callable[..., None]
     lane_columns: Callable[..., Tensor]
+    cast_to_fp8: Callable[..., tuple[Tensor, Tensor]]
+    cast_from_fp8: Callable[..., None]
+    through_logfmt: Callable[..., None]
 
 
 TORCH = Kernels(
@@ -84,6 +95,9 @@ TORCH = Kernels(
     row_offsets=row_offsets_torch,
     reduce=reduce_torch,
     lane_columns=lane_columns_torch,
+    cast_to_fp8=cast_to_fp8_torch,
+    cast_from_fp8=cast_from_fp8_torch,
+    through_logfmt=through_logfmt_torch,
 )
 
 TRITON = Kernels(
@@ -100,6 +114,9 @@ TRITON = Kernels(
     row_offsets=row_offsets_triton,
     reduce=reduce_triton,
     lane_columns=lane_columns_triton,
+    cast_to_fp8=cast_to_fp8_triton,
+    cast_from_fp8=cast_from_fp8_triton,
+    through_logfmt=through_logfmt_triton,
 )
 
 _BY_NAME = {"torch": TORCH, "triton": TRITON}

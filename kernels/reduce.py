@@ -232,7 +232,7 @@ def reduce_triton(
 def gather_columns(
     out, columns, positions, positions_stride, num_values, topk, BLOCK: tl.constexpr
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < num_values
     place = tl.load(positions + at // topk * positions_stride + at % topk, mask=mask, other=-1).to(
         tl.int64
@@ -253,9 +253,9 @@ def lane_columns_triton(columns: Tensor, positions: Tensor) -> Tensor:
 def offsets_of(
     out, rows, rows_stride, rows_item_stride, starts, windows, row_bytes, num_values, num_columns, BLOCK: tl.constexpr
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < num_values
-    i, j = at // num_columns, at % num_columns
+    i, j = (at // num_columns).to(tl.int64), at % num_columns
     row = tl.load(rows + i * rows_stride + j * rows_item_stride, mask=mask, other=-1)
     inside = (row - tl.load(starts + j, mask=mask, other=0)).to(tl.int64) * row_bytes
     offset = tl.load(windows + j, mask=mask, other=0) + inside

@@ -171,10 +171,10 @@ def route_number(
                 first = tl.minimum(first, found)
             found = tl.min(first, axis=0)
             none = found == 1 << 62
-            at = found // 4
-            tl.store(error, tl.where(none, 0, found % 4).to(tl.int32))
-            tl.store(error + 1, tl.where(none, 0, at // topk).to(tl.int32))
-            tl.store(error + 2, tl.where(none, 0, at % topk).to(tl.int32))
+            at = (found >> 2).to(tl.int32)  # a 64-bit division would be a call
+            tl.store(error, tl.where(none, 0, found & 3).to(tl.int32))
+            tl.store(error + 1, tl.where(none, 0, at // topk))
+            tl.store(error + 2, tl.where(none, 0, at % topk))
 
 
 def route_triton(

@@ -253,9 +253,9 @@ def scatter_lanes(
     out, out_stride, values, values_stride, positions, positions_stride, num_values, topk,
     ALL_LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < num_values
-    row, lane = at // topk, at % topk
+    row, lane = (at // topk).to(tl.int64), at % topk
     value = tl.load(values + row * values_stride + lane, mask=mask)
     if ALL_LANES:
         place = tl.load(positions + row * positions_stride, mask=mask, other=-1).to(tl.int64)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from moe_comm.kernels import TRITON, pack, quant
+
 RECORDED: dict = {}  # (kernel, its signature, constants, attributes, options)
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 TYPES = {
@@ -91,6 +93,17 @@ def call_steps(steps, hidden, dtype):
     steps.reduce(x, memory, offsets, weights=torch.zeros(T, 5), num_tokens=number)
     steps.reduce(x, memory, offsets, bias=x, inner_first=2, inner_last=4)
     steps.lane_columns(torch.zeros(T), placed.positions)
+    steps.through_logfmt(x, x)
+    for hardware in (True, False):
+        quant.casts_in_hardware = pack.casts_in_hardware = lambda device: hardware  # noqa: B023
+        for form in quant.FORMS:
+            codes, scales = steps.cast_to_fp8(x, form=form)
+        steps.cast_from_fp8(x, codes, scales)
+        if payload % 16 == 0:
+            steps.pack(
+                rows, x, int32(T, D), int32(D), topk_idx=idx, lane=1, first_token=0, last_token=T,
+                scales_at=hidden, cast="ue8m0", **at,
+            )  # fmt: skip
 
 
 def resources(cubin: bytes, triton) -> dict:
@@ -108,18 +121,18 @@ def resources(cubin: bytes, triton) -> dict:
 
 def main() -> None:
     os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
-    os.environ.pop("TRITON_INTERPRET", None)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from moe_comm.kernels import TRITON
 
     triton.runtime.jit.JITFunction.run = record
     call_steps(TRITON, 7168, torch.bfloat16)
     call_steps(TRITON, 20, torch.bfloat16)
     for kernel, signature, constants, attributes, options in RECORDED.values():
         for arch in map(int, sys.argv[2:] or (80, 90, 100)):
+            named = {kernel.arg_names[k[0]]: v for k, v in constants.items()}
+            if named.get("HARDWARE") and arch < 89:
+                continue
             source = ASTSource(kernel, signature, constants, attributes)
             done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             ptx = done.asm["ptx"]
@@ -128,7 +141,9 @@ def main() -> None:
                     {
                         "kernel": kernel.__name__,
                         "arch": arch,
-                        "unit": next((v for k, v in constants.items() if kernel.arg_names[k[0]] == "UNIT"), None),
+                        "unit": named.get("UNIT"),
+                        "hardware": named.get("HARDWARE"),
+                        "fp8_casts": len(re.findall(r"cvt\.[.\w]*e4m3x2", ptx)),
                         "vector_loads": len(re.findall(r"ld\.global[.\w:]*\.v[248]\.", ptx)),
                         "vector_stores": len(re.findall(r"st\.global[.\w:]*\.v[248]\.", ptx)),
                         "read_only_loads": len(re.findall(r"ld\.global[.\w:]*\.nc", ptx)),

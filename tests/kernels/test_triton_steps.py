@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_kernels import bits, lanes_of, make_terms, random_bytes, random_topk, rows_with_ids
 
@@ -12,8 +12,11 @@ from moe_comm.layout import RowFormat
 FLOATS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 GARBAGE = 0xA5
 seeds = st.integers(0, 2**31)
-checked = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+checked = settings(  # interpreted kernels are too slow to shrink with
+    max_examples=12,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
