@@ -14,6 +14,10 @@ FRAMEWORKS := megatron-core==0.16.1 torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.
     docstring_parser==0.18.0 shtab==1.13.0 typeguard==4.6.0 triton==3.9.0
 FRAMEWORKS_IN := $(CURDIR)/build/frameworks
 
+# What only test-kernels needs, likewise.
+COMPILERS := triton==3.9.0 cupy-cuda13x==14.2.0 nvidia-cuda-nvrtc==13.5.37
+COMPILERS_IN := $(CURDIR)/build/kernels-site
+
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest
@@ -22,7 +26,7 @@ ifeq ($(origin CXX),default)
 CXX := g++
 endif
 
-.PHONY: help demo test test-clients test-rdma bench lint lint-types clean
+.PHONY: help demo test test-clients test-kernels test-rdma bench lint lint-types clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
@@ -33,7 +37,7 @@ demo: ## train a small MoE model over 4 processes and compare it with one proces
 test: ## the test suite (at most 10 minutes on 2 cores)
 	@.dev/setup.sh test
 	@$(PYTEST) -q -ra --maxfail=5 --durations=5 -m "not slow" \
-	    --ignore=tests/clients --ignore=tests/soft_roce $(ARGS)
+	    --ignore=tests/clients --ignore=tests/kernels --ignore=tests/soft_roce $(ARGS)
 
 test-clients: ## the frameworks that use this package, and DeepEP's interface
 	@.dev/setup.sh test
@@ -43,6 +47,15 @@ test-clients: ## the frameworks that use this package, and DeepEP's interface
 	    echo "$(FRAMEWORKS)" >$(FRAMEWORKS_IN)/installed; } || \
 	    echo "test-clients: they cannot be installed here; their tests will be skipped" >&2
 	@PYTHONPATH=$(FRAMEWORKS_IN) $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
+
+test-kernels: ## device code, without a device: Triton interpreted and compiled, CUDA compiled (at most 6 minutes)
+	@.dev/setup.sh test
+	@[ "$$(cat $(COMPILERS_IN)/installed 2>/dev/null)" = "$(COMPILERS)" ] || { \
+	    echo "installing $(COMPILERS)" && rm -rf $(COMPILERS_IN) && \
+	    $(BIN)/python -m pip install -q --no-deps --target $(COMPILERS_IN) $(COMPILERS) && \
+	    echo "$(COMPILERS)" >$(COMPILERS_IN)/installed; } || \
+	    echo "test-kernels: they cannot be installed here; tests that need them will be skipped" >&2
+	@PYTHONPATH=$(COMPILERS_IN) $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped

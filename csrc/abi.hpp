@@ -75,6 +75,20 @@ MOE_COMM_HOST_DEVICE inline Transfer unpack_command(const Command& c) {
   return t;
 }
 
+// What a device needs to push: kernels/ring.cuh. Tickets are handed out in device memory, so a ring
+// has producers of one kind only; the consumer is csrc/ring.hpp's, on `slots` and the word `taken`.
+struct DeviceRing {
+  Command* slots;         // [num_slots], a power of two; pinned host memory
+  uint64_t* reserved;     // device memory: the next ticket
+  uint64_t* taken_seen;   // device memory: the newest `taken` that a producer saw, or an older one
+  const uint64_t* taken;  // pinned host memory: tickets below it were taken
+  const uint64_t* abort_word;  // pinned host memory: not 0 ends every wait
+  uint64_t num_slots;
+  uint64_t timeout_ns;  // of one wait for room
+};
+
+enum WaitStatus : uint32_t { kWaitOk = 0, kWaitTimeout = 1, kWaitAborted = 2 };
+
 // --- the immediate -------------------------------------------------------------------------------
 
 // NOTE [immediate layout] 32 bits delivered with a write.
@@ -162,6 +176,7 @@ enum RankState : uint64_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 
 #ifndef __CUDACC_RTC__
 static_assert(sizeof(Command) == 16);
+static_assert(sizeof(DeviceRing) == 56);
 static_assert(sizeof(Immediate) == 4);
 static_assert(sizeof(Agreed) == 40);
 static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, agreed) == 40 &&

@@ -4,26 +4,64 @@
     y ─reduce→ window (own copies) ─reduce→ window (ranks of a node) ═link═> window ─reduce→ combined x
 
 Every step is a function of tensors and ints that writes where it is told: it waits for nothing and knows no epoch, no
-header and no peer. Its torch twin, `<step>_torch`, says what it means, to the bit. `for_device` chooses: today the
-twins for CPU tensors and nothing for others. (An exchange of CPU tensors runs the C++ loops of csrc/rows.hpp instead,
-because its forwarder must not need the interpreter; tests compare the two.)
+header and no peer. Its torch twin, `<step>_torch`, says what it means, to the bit, and runs on any device; beside it
+stands the same step in Triton, `<step>_triton`. `for_device` chooses: the twins for CPU tensors, Triton for CUDA
+tensors, or what MOE_COMM_KERNELS (torch or triton) says. (An exchange of CPU tensors runs the C++ loops of
+csrc/rows.hpp instead, because its forwarder must not need the interpreter; tests compare the two.)
 """
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .forward import Forwarded, forward_tables_torch, forward_torch
-from .pack import pack_torch
-from .reduce import lane_columns_torch, reduce_torch, row_offsets_torch
-from .route import Routed, round_starts_torch, route_torch
-from .unpack import Placed, first_places_torch, places_torch, unpack_lanes_torch, unpack_torch
+from .forward import (
+    Forwarded,
+    forward_tables_torch,
+    forward_tables_triton,
+    forward_torch,
+    forward_triton,
+)
+from .pack import pack_torch, pack_triton
+from .quant import (
+    cast_from_fp8_torch,
+    cast_from_fp8_triton,
+    cast_to_fp8_torch,
+    cast_to_fp8_triton,
+    through_logfmt_torch,
+    through_logfmt_triton,
+)
+from .reduce import (
+    lane_columns_torch,
+    lane_columns_triton,
+    reduce_torch,
+    reduce_triton,
+    row_offsets_torch,
+    row_offsets_triton,
+)
+from .route import (
+    Routed,
+    round_starts_torch,
+    round_starts_triton,
+    route_torch,
+    route_triton,
+)
+from .unpack import (
+    Placed,
+    first_places_torch,
+    places_torch,
+    places_triton,
+    unpack_lanes_torch,
+    unpack_lanes_triton,
+    unpack_torch,
+    unpack_triton,
+)
 
 
 class Kernels(NamedTuple):
-    """One implementation of every step, in the order of their use. Signatures are the twins'."""
+    """One implementation of every step, in the order of their use, and of the casts. Signatures are the twins'."""
 
     name: str
     route: Callable[..., Routed]
@@ -38,6 +76,9 @@ class Kernels(NamedTuple):
     row_offsets: Callable[..., Tensor]
     reduce: Callable[..., None]
     lane_columns: Callable[..., Tensor]
+    cast_to_fp8: Callable[..., tuple[Tensor, Tensor]]
+    cast_from_fp8: Callable[..., None]
+    through_logfmt: Callable[..., None]
 
 
 TORCH = Kernels(
@@ -54,21 +95,50 @@ TORCH = Kernels(
     row_offsets=row_offsets_torch,
     reduce=reduce_torch,
     lane_columns=lane_columns_torch,
+    cast_to_fp8=cast_to_fp8_torch,
+    cast_from_fp8=cast_from_fp8_torch,
+    through_logfmt=through_logfmt_torch,
 )
+
+TRITON = Kernels(
+    name="triton",
+    route=route_triton,
+    round_starts=round_starts_triton,
+    pack=pack_triton,
+    forward_tables=forward_tables_triton,
+    forward=forward_triton,
+    first_places=first_places_torch,  # a few numbers
+    places=places_triton,
+    unpack=unpack_triton,
+    unpack_lanes=unpack_lanes_triton,
+    row_offsets=row_offsets_triton,
+    reduce=reduce_triton,
+    lane_columns=lane_columns_triton,
+    cast_to_fp8=cast_to_fp8_triton,
+    cast_from_fp8=cast_from_fp8_triton,
+    through_logfmt=through_logfmt_triton,
+)
+
+_BY_NAME = {"torch": TORCH, "triton": TRITON}
 
 
 def for_device(device: torch.device | str) -> Kernels:
-    """The steps for tensors on this device.
+    """The steps for tensors on this device; MOE_COMM_KERNELS (torch or triton) forces.
 
-    Raises: NotImplementedError, naming what is missing, for a device without kernels.
+    Raises: NotImplementedError, naming what is missing, for a device without kernels; ValueError for another value of
+    MOE_COMM_KERNELS.
     """
     kind = torch.device(device).type
-    if kind == "cpu":
-        return TORCH
-    missing = "its Triton and CUDA kernels are" if kind == "cuda" else "kernels for it are"
-    raise NotImplementedError(
-        f"device: expected cpu, got {device}: {missing} not part of this version of moe_comm"
-    )
+    if kind not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"device: expected cpu or cuda, got {device}: moe_comm has no kernels for it"
+        )
+    forced = os.environ.get("MOE_COMM_KERNELS")
+    if forced:
+        if forced not in _BY_NAME:
+            raise ValueError(f"MOE_COMM_KERNELS: expected {' or '.join(_BY_NAME)}, got {forced!r}")
+        return _BY_NAME[forced]
+    return TORCH if kind == "cpu" else TRITON
 
 
-__all__ = ["Kernels", "TORCH", "for_device", "Forwarded", "Placed", "Routed"]
+__all__ = ["Kernels", "TORCH", "TRITON", "for_device", "Forwarded", "Placed", "Routed"]

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .language import Items, jit, launch, load_number, rounded_to, tl, to_float, up
+
 
 def row_offsets_torch(rows: Tensor, starts: Tensor, windows: Tensor, *, row_bytes: int) -> Tensor:
     """Byte offsets [n, J] int64 of `rows` [n, J] int32, or −1: row − start, in its column's window.
@@ -39,12 +41,14 @@ def reduce_torch(
     bias: Tensor | None = None,
     inner_first: int = 0,
     inner_last: int = 0,
+    num_tokens: Tensor | None = None,
 ) -> None:
     """`out` [n, W], strides respected: the sum of the rows at `offsets` [n, J] int64 (−1: none).
 
-    `memory` [B] uint8; rows in it have `out`'s dtype and lie at multiples of its size. `weights`
-    [n, J] float32 multiplies each term. `bias` [n, W] of `out`'s dtype. The columns [inner_first,
-    inner_last) are summed and rounded first, and count as one term in their place.
+    `memory` [B] uint8; rows in it have `out`'s dtype and lie at multiples of its size, of 16 if a row's
+    bytes are one. `weights` [n, J] float32 multiplies each term. `bias` [n, W] of `out`'s dtype. The
+    columns [inner_first, inner_last) are summed and rounded first, and count as one term in their place.
+    `num_tokens`: NOTE [numbers on the device]; rows of `out` from it on stay as they are.
     """
     total = _OrderedSum(out, bias)
     j = 0
@@ -60,7 +64,11 @@ def reduce_torch(
             for term in _terms(out, memory, offsets, weights, range(j, j + 1)):
                 total.add(*term)
             j += 1
-    out.copy_(total.rounded())
+    if num_tokens is None:
+        out.copy_(total.rounded())
+    else:
+        real = torch.arange(len(out), device=out.device) < num_tokens
+        out.copy_(torch.where(real[:, None], total.rounded(), out))
 
 
 def lane_columns_torch(columns: Tensor, positions: Tensor) -> Tensor:
@@ -112,3 +120,152 @@ class _OrderedSum:
     def rounded(self) -> Tensor:
         single = (self.count == 1) & self.plain
         return torch.where(single[:, None], self.only, self.total.to(self.only.dtype))
+
+
+@jit
+def add_terms(
+    total, only, count, plain, memory, offsets, weights, first, last, items, mask,
+    ITEM: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Adds the columns [first, last). `only` is the last term, `count` how many there were."""
+    for j in range(first, last):
+        offset = tl.load(offsets + j)
+        if offset >= 0:
+            term = tl.load(memory + offset // (ITEM * UNIT) * UNIT + items, mask=mask, other=0.0)
+            value = to_float(term)
+            plain = tl.full((), 1, tl.int32)
+            if weights is not None:
+                value = value * tl.load(weights + j).to(total.dtype)
+                plain = tl.full((), 0, tl.int32)
+            total = tl.where(count > 0, total + value, value)
+            only = term
+            count += 1
+    return total, only, count, plain
+
+
+@jit
+def reduce_rows(
+    out, out_stride, out_item_stride, memory, offsets, offsets_stride, weights, weights_stride,
+    bias, bias_stride, bias_item_stride, width, num_terms, inner_first, inner_last, num_rows, limit,
+    ITEM: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tile of one sum. Compiled without fused multiply-add: a product is rounded."""
+    row = tl.program_id(0).to(tl.int64)
+    items = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = items < width * UNIT
+    dtype = out.dtype.element_ty
+    exact = tl.float64 if ITEM == 8 else tl.float32
+    zero = tl.full((), 0, tl.int32)
+    one = tl.full((), 1, tl.int32)
+    if row < load_number(limit, num_rows):
+        terms = memory.to(tl.pointer_type(dtype))
+        offsets += row * offsets_stride
+        if weights is not None:
+            weights += row * weights_stride
+        only = tl.zeros([BLOCK], dtype=dtype)
+        count = zero
+        if bias is not None:
+            if UNIT > 1:
+                only = tl.load(bias + row * bias_stride * UNIT + items, mask=mask)
+            else:
+                only = tl.load(
+                    bias + row * bias_stride + items.to(tl.int64) * bias_item_stride, mask=mask
+                )
+            count = one
+        total = to_float(only)
+        total, only, count, plain = add_terms(
+            total, only, count, one, terms, offsets, weights, 0, inner_first, items, mask, ITEM, UNIT
+        )  # fmt: skip
+        inner, inner_only, inner_count, inner_plain = add_terms(
+            tl.zeros([BLOCK], dtype=exact), tl.zeros([BLOCK], dtype=dtype), zero, one,
+            terms, offsets, weights, inner_first, inner_last, items, mask, ITEM, UNIT,
+        )  # fmt: skip
+        if inner_count > 0:
+            rounded = tl.where(
+                (inner_count == 1) & (inner_plain == 1), inner_only, rounded_to(inner, dtype)
+            )
+            value = to_float(rounded)
+            total = tl.where(count > 0, total + value, value)
+            only = rounded
+            count += 1
+            plain = one
+        total, only, count, plain = add_terms(
+            total, only, count, plain, terms, offsets, weights, inner_last, num_terms, items, mask, ITEM, UNIT
+        )  # fmt: skip
+        rounded = tl.where((count == 1) & (plain == 1), only, rounded_to(total, dtype))
+        if UNIT > 1:
+            tl.store(out + row * out_stride * UNIT + items, rounded, mask=mask)
+        else:
+            tl.store(
+                out + row * out_stride + items.to(tl.int64) * out_item_stride, rounded, mask=mask
+            )
+
+
+def reduce_triton(
+    out: Tensor,
+    memory: Tensor,
+    offsets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    bias: Tensor | None = None,
+    inner_first: int = 0,
+    inner_last: int = 0,
+    num_tokens: Tensor | None = None,
+) -> None:
+    item = out.element_size()
+    width = out.shape[1]
+    rows = (out,) if bias is None else (out, bias)
+    aligned = Items.of(width * item, item, memory, *rows).unit > 1
+    unit = 16 // item if aligned else 1
+    block = 2048 // item
+    inner = max(inner_first, inner_last)
+    launch(
+        reduce_rows, (len(out), up(width, block)), out, out.stride(0) // unit, out.stride(1), memory,
+        offsets, offsets.stride(0), weights, 0 if weights is None else weights.stride(0),
+        bias, *((0, 0) if bias is None else (bias.stride(0) // unit, bias.stride(1))), width // unit,
+        offsets.shape[1], inner_first, inner, len(out), num_tokens, ITEM=item, UNIT=unit, BLOCK=block,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@jit
+def gather_columns(
+    out, columns, positions, positions_stride, num_values, topk, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num_values
+    place = tl.load(positions + at // topk * positions_stride + at % topk, mask=mask, other=-1).to(
+        tl.int64
+    )
+    tl.store(out + at, tl.load(columns + place, mask=place >= 0, other=0.0), mask=mask)
+
+
+def lane_columns_triton(columns: Tensor, positions: Tensor) -> Tensor:
+    out = columns.new_empty(positions.shape)
+    launch(
+        gather_columns, (up(out.numel(), 512),), out, columns.contiguous(), positions, positions.stride(0),
+        out.numel(), positions.shape[1], BLOCK=512,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def offsets_of(
+    out, rows, rows_stride, rows_item_stride, starts, windows, row_bytes, num_values, num_columns, BLOCK: tl.constexpr
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num_values
+    i, j = (at // num_columns).to(tl.int64), at % num_columns
+    row = tl.load(rows + i * rows_stride + j * rows_item_stride, mask=mask, other=-1)
+    inside = (row - tl.load(starts + j, mask=mask, other=0)).to(tl.int64) * row_bytes
+    offset = tl.load(windows + j, mask=mask, other=0) + inside
+    tl.store(out + at, tl.where(row >= 0, offset, -1), mask=mask)
+
+
+def row_offsets_triton(rows: Tensor, starts: Tensor, windows: Tensor, *, row_bytes: int) -> Tensor:
+    out = torch.empty(rows.shape, dtype=torch.int64, device=rows.device)
+    launch(
+        offsets_of, (up(out.numel(), 512),), out, rows, *rows.stride(), starts.contiguous(), windows.contiguous(),
+        row_bytes, out.numel(), rows.shape[1], BLOCK=512,
+    )  # fmt: skip
+    return out

@@ -4,12 +4,13 @@ The C++ loops that live inside an exchange (forward, unpack) are compared in tes
 """
 
 import dataclasses
+import inspect
 
 import pytest
 import torch
 
 from moe_comm import _engine
-from moe_comm.kernels import TORCH, for_device
+from moe_comm.kernels import TORCH, TRITON, for_device
 from moe_comm.kernels.route import ERROR_NONE, ERROR_RANGE, ERROR_TWICE
 from moe_comm.layout import DTYPE_CODES, RowFormat
 
@@ -221,6 +222,8 @@ def test_pack(dtype, scales, parts):
 def rows_with_ids(ids, tokens, f, seed=0):
     """[n, row_bytes] uint8: random bytes with these ids and tokens in their place."""
     rows = random_bytes(len(ids), f.row_bytes, seed)
+    if len(rows) == 0:
+        return rows
     rows[:, f.token_at : f.token_at + 4] = tokens.int()[:, None].view(torch.uint8)
     rows[:, f.ids_at : f.ids_at + 4 * f.topk] = ids.int().view(torch.uint8)
     if f.weights_at:
@@ -528,9 +531,30 @@ def test_kernels_are_chosen_by_device():
     assert all(
         step.__name__ == f"{name}_torch" for name, step in TORCH._asdict().items() if name != "name"
     )
-    with pytest.raises(
-        NotImplementedError, match=r"expected cpu, got cuda:1: its Triton and CUDA kernels are not"
-    ):
-        for_device("cuda:1")
-    with pytest.raises(NotImplementedError, match="expected cpu, got meta"):
+    assert for_device("cuda:1") is TRITON and TRITON.name == "triton"
+    own = {"name", "first_places"}  # a few numbers: the twin does for both
+    assert all(
+        step.__name__ == f"{name}_triton"
+        for name, step in TRITON._asdict().items()
+        if name not in own
+    )
+    with pytest.raises(NotImplementedError, match="expected cpu or cuda, got meta"):
         for_device(torch.device("meta"))
+
+
+def test_the_choice_can_be_forced(monkeypatch):
+    monkeypatch.setenv("MOE_COMM_KERNELS", "torch")
+    assert for_device("cuda") is TORCH
+    monkeypatch.setenv("MOE_COMM_KERNELS", "triton")
+    assert for_device("cpu") is TRITON
+    monkeypatch.setenv("MOE_COMM_KERNELS", "vulkan")
+    with pytest.raises(
+        ValueError, match="MOE_COMM_KERNELS: expected torch or triton, got 'vulkan'"
+    ):
+        for_device("cuda")
+
+
+def test_triton_steps_have_their_twins_signatures():
+    for name, step in TRITON._asdict().items():
+        if name != "name":
+            assert inspect.signature(step) == inspect.signature(getattr(TORCH, name)), name
