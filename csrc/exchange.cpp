@@ -7,9 +7,12 @@
 
 namespace moe_comm {
 namespace {
-constexpr double kGoodbye = 0.5;  // seconds close() waits for its last words to leave
-constexpr double kSlice = 0.05;   // seconds between looks at the peer waited for
-constexpr uint64_t kBeatAt = 64;  // offset of the own heartbeat word; the doorbell lies at 0
+constexpr double kGoodbye = 0.5;      // seconds close() waits for its last words to leave
+constexpr double kSlice = 0.05;       // seconds between looks at the peer waited for
+constexpr double kClosedGrace = 1.0;  // seconds for the last writes of a rank that said goodbye
+constexpr double kFailedGrace = 0.5;  // and of one that gave up: its peers are to know in time
+constexpr uint64_t kBeatAt = 64;      // offset of the own heartbeat word; the doorbell lies at 0
+constexpr uint64_t kBlameAt = sizeof(Counter);  // of the blame word, from a heartbeat word
 }  // namespace
 
 // --- construction --------------------------------------------------------------------------------
@@ -213,6 +216,8 @@ Status Exchange::close(double seconds) {
 void Exchange::fail(const Status& status) {
   fault_.raise(status);
   if (!started_) return;
+  auto* word = reinterpret_cast<Counter*>(base_ + kBeatAt + kBlameAt);
+  word_at(*word).store(blamed_.load(), std::memory_order_relaxed);
   word_at(beat_word(base_)).fetch_or(kFailed, std::memory_order_release);
   engine_.proxy().beat_now();
   for (const Peer& peer : peers_) {
@@ -307,6 +312,7 @@ Status Exchange::mask_or(uint32_t rank, Status status) {
   const bool of_peer = status.code() == Code::kPeerLost || status.code() == Code::kPeerTimeout;
   if (!shape_.mask_lost || !of_peer || fault_.raised() || rank == shape_.rank) return status;
   mask(rank);
+  blamed_.store(0);
   return {};
 }
 
@@ -339,6 +345,31 @@ uint64_t Exchange::beat_of(uint32_t rank) const {
       .load(std::memory_order_acquire);
 }
 
+// 1 + the rank that `rank` gave up on; 0: none that it knows of.
+uint64_t Exchange::blamed_by(uint32_t rank) const {
+  const std::byte* beat = nullptr;
+  if (peers_[rank].base) {
+    beat = peers_[rank].base + kBeatAt;
+  } else if (links_[rank].present) {
+    beat = base_ + offsets_.beats + 16ull * rank;
+  } else {
+    return 0;
+  }
+  auto& word = *const_cast<Counter*>(reinterpret_cast<const Counter*>(beat + kBlameAt));
+  const uint64_t blamed = word_at(word).load(std::memory_order_relaxed);
+  return blamed <= shape_.num_ranks ? blamed : 0;
+}
+
+// The first is kept: it is what the fault of this rank goes back to.
+void Exchange::blame(uint32_t rank) {
+  uint64_t none = 0;
+  blamed_.compare_exchange_strong(none, uint64_t{rank} + 1);
+}
+
+std::string Exchange::name_of(uint32_t rank) const {
+  return "rank " + std::to_string(rank) + " (node " + std::to_string(shape_.node_of[rank]) + ")";
+}
+
 Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start) {
   const uint32_t rank = waited.rank;
   const double waited_s = seconds_since(start);
@@ -346,8 +377,7 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
   if (fault_.raised()) return fault_.status();
   if (Status status = engine_.proxy().fault(); !status.ok()) return status;
   const Peer& peer = peers_[rank];
-  std::string who =
-      "rank " + std::to_string(rank) + " (node " + std::to_string(shape_.node_of[rank]) + ")";
+  const std::string who = name_of(rank);
   const bool linked = !peer.base && links_[rank].present;
   const uint64_t beat = beat_of(rank);
   if (beat != seen.beat) {
@@ -357,27 +387,37 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
   const bool cut =
       linked && engine_.proxy().peer_state(links_[rank].engine_peer) == PeerState::kLost;
   // A rank that left may still have sent what we wait for: give its last writes a moment to land.
-  const double grace_s = linked && !cut ? 1.0 : 0.0;
   const uint64_t state = beat & 15u;
+  const double grace_s = !linked || cut ? 0.0 : state & kFailed ? kFailedGrace : kClosedGrace;
   if (state != kAlive && rank != shape_.rank && seconds_since(seen.at) >= grace_s) {
-    return {Code::kPeerLost,
-            describe(waited, waited_s) + ": " + who +
-                (state & kFailed ? " gave up after a fault of its own" : " closed its Buffer")};
+    const uint64_t blamed = state & kFailed ? blamed_by(rank) : 0;
+    blame(blamed ? static_cast<uint32_t>(blamed - 1) : rank);
+    std::string why = " closed its Buffer";
+    if (state & kFailed) why = " gave up after a fault of its own";
+    if (blamed == shape_.rank + 1) why = " gave up on this rank";
+    if (blamed && blamed != shape_.rank + 1)
+      why = " gave up on " + name_of(static_cast<uint32_t>(blamed - 1));
+    return {Code::kPeerLost, describe(waited, waited_s) + ": " + who + why};
   }
   if (cut) {
+    blame(rank);
     return {Code::kPeerLost,
             describe(waited, waited_s) + ": the connection to " + who +
                 " ended: " + engine_.proxy().peer_status(links_[rank].engine_peer).text()};
   }
   if (peer.base && rank != shape_.rank && peer.process.ended()) {
+    blame(rank);
     return {Code::kPeerLost, describe(waited, waited_s) + ": the process of " + who + " ended"};
   }
   const Timeouts& limits = waited.call->timeouts;
   if (seconds_since(seen.at) > limits.silent_s + waited.extra_s) {
+    blame(rank);
     return {Code::kPeerLost, describe(waited, waited_s) + ": its heartbeat stopped"};
   }
-  if (waited_s > limits.late_s + waited.extra_s)
+  if (waited_s > limits.late_s + waited.extra_s) {
+    blame(rank);
     return {Code::kPeerTimeout, describe(waited, waited_s)};
+  }
   return {};
 }
 

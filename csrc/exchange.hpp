@@ -218,6 +218,7 @@ class Exchange {
   Counter& sent_word(uint64_t epoch, uint32_t rank);
   Counter& beat_word(std::byte* base) const;
   uint64_t beat_of(uint32_t rank) const;
+  uint64_t blamed_by(uint32_t rank) const;
   Doorbell& bell(std::byte* base) const;
   size_t counts_bytes(const Call& call, bool link) const;
   uint32_t num_local_experts(const Call& call) const;
@@ -226,6 +227,8 @@ class Exchange {
   Status mask_or(uint32_t rank, Status status);
   Status wait(Counter& word, uint64_t target, const Waited& waited);
   Status look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start);
+  std::string name_of(uint32_t rank) const;
+  void blame(uint32_t rank);
   std::string describe(const Waited& waited, double seconds) const;
 
   // sending
@@ -282,6 +285,7 @@ class Exchange {
   bool started_ = false;
   std::atomic<bool> closing_{false}, closed_{false};
   Fault fault_;
+  std::atomic<uint64_t> blamed_{0};  // 1 + the rank that the first failed wait was for; 0: none
   ExchangeStats stats_;
   // Scratch of the user's thread.
   std::vector<std::byte> node_sum_, own_result_;  // one row

@@ -59,9 +59,11 @@ void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, ui
   } else if (header.status == kHeaderError) {
     call.failure = {Code::kPeerError, phase + who + " raised: " + header.text};
   } else if (header.status == kHeaderMissing) {
+    blame(header.origin);
     call.failure = {Code::kPeerTimeout,
                     phase + who + " is missing; its forwarder says: " + header.text};
   } else if (header.status == kHeaderLost) {
+    blame(header.origin);
     call.failure = {Code::kPeerLost, phase + who + " is lost; its forwarder says: " + header.text};
   } else if (call.error.ok()) {
     if (const std::string what = difference(header.agreed, call.agreed); !what.empty()) {
