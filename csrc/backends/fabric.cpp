@@ -131,6 +131,7 @@ class FabricTransport final : public Transport {
   std::vector<Write*> free_writes_;
   const Write* unrung_ = nullptr;  // the last that was given with FI_MORE: NOTE [doorbells]
   uint32_t num_unrung_ = 0;
+  bool chains_ = false;  // whether FI_MORE is of use here
   CqHandle queue_;
   EndpointHandle endpoint_;  // closed before what it was given
   size_t acknowledge_from_ = SIZE_MAX;
@@ -151,6 +152,7 @@ Status FabricTransport::start() {
   info_.capabilities.queue_depth = std::min(
       depth >= 2 * FabricPeers::kNumSends ? depth - FabricPeers::kNumSends : depth, kMaxQueueDepth);
   info_.capabilities.writes_local_memory_unregistered = !device_->wants(FI_MR_LOCAL);
+  chains_ = device_->provider.starts_with("efa");
   if (device_->provider.starts_with("tcp")) acknowledge_from_ = kAcknowledgedBytes;
   for (size_t i = 0; i < info_.capabilities.queue_depth; ++i) add_write();
   peers_.events.reserve(2 * kMaxQueueDepth);
@@ -265,7 +267,7 @@ Status FabricTransport::post_write(const WriteRequest& request) {
     from = {request.local->bytes.data() + request.local_offset, request.num_bytes};
     descriptor = request.local->local_key;
   }
-  const bool more = request.following > 0 && num_unrung_ + 1 < kChain;
+  const bool more = chains_ && request.following > 0 && num_unrung_ + 1 < kChain;
   const uint64_t flags = (request.has_immediate ? FI_REMOTE_CQ_DATA : 0) | (more ? FI_MORE : 0) |
                          (request.num_bytes >= acknowledge_from_ ? FI_DELIVERY_COMPLETE : 0);
   const ssize_t rc = give(write, from, descriptor, flags, request.immediate.bits);  // H3
@@ -303,7 +305,9 @@ ssize_t FabricTransport::give(Write& write, const iovec& from, void* descriptor,
 // peer. The last of those that come together is posted without; where it did not come, or was
 // refused, a write of nothing to the last peer takes its place. EFA drops a whole chain, writes
 // that were taken already, if its queue overflows within: so there are never more writes and hellos
-// under way than the queue holds, and -FI_EAGAIN comes for other reasons only.
+// under way than the queue holds, and -FI_EAGAIN comes for other reasons only. Only where peers
+// share a queue: ofi_rxm has a connection for each, and a post to one peer tells nothing of the
+// others' (over tcp, libfabric 1.17, their writes then stayed where they were, for good).
 void FabricTransport::ring() {
   if (free_writes_.empty()) add_write();
   Write& bell = *free_writes_.back();
