@@ -9,10 +9,13 @@ export TORCH PYTHON CXX
 ARGS ?=
 TEST_TIMEOUT ?= 1200# seconds for a whole run of pytest: ends what python cannot interrupt
 
-# What only test-clients needs: without their dependencies, which would bring CUDA.
-FRAMEWORKS := megatron-core==0.16.1 torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 \
+# What only test-clients needs, in folders of build/: without their dependencies, which would bring CUDA.
+FRAMEWORKS := frameworks transformers-5.0.0 transformers-5.22.2
+IN_frameworks := megatron-core==0.16.1 torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 \
     docstring_parser==0.18.0 shtab==1.13.0 typeguard==4.6.0 triton==3.9.0
-FRAMEWORKS_IN := $(CURDIR)/build/frameworks
+IN_transformers-5.0.0 := transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.3.1 httpx==0.28.1 \
+    httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 certifi==2026.10.18 idna==3.20 sniffio==1.3.1
+IN_transformers-5.22.2 := transformers==5.22.2
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -37,12 +40,13 @@ test: ## the test suite (at most 10 minutes on 2 cores)
 
 test-clients: ## the frameworks that use this package, and DeepEP's interface
 	@.dev/setup.sh test
-	@[ "$$(cat $(FRAMEWORKS_IN)/installed 2>/dev/null)" = "$(FRAMEWORKS)" ] || { \
-	    echo "installing $(FRAMEWORKS)" && rm -rf $(FRAMEWORKS_IN) && \
-	    $(BIN)/python -m pip install -q --no-deps --target $(FRAMEWORKS_IN) $(FRAMEWORKS) && \
-	    echo "$(FRAMEWORKS)" >$(FRAMEWORKS_IN)/installed; } || \
-	    echo "test-clients: they cannot be installed here; their tests will be skipped" >&2
-	@PYTHONPATH=$(FRAMEWORKS_IN) $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
+	@$(foreach folder,$(FRAMEWORKS), \
+	    [ "$$(cat build/$(folder)/installed 2>/dev/null)" = "$(IN_$(folder))" ] || { \
+	    echo "installing $(IN_$(folder))" && rm -rf build/$(folder) && \
+	    $(BIN)/python -m pip install -q --no-deps --target build/$(folder) $(IN_$(folder)) && \
+	    echo "$(IN_$(folder))" >build/$(folder)/installed; } || \
+	    echo "test-clients: not installed here, what needs it will be skipped: $(folder)" >&2;)
+	@PYTHONPATH=$(CURDIR)/build/frameworks $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped
