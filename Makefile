@@ -10,12 +10,13 @@ ARGS ?=
 TEST_TIMEOUT ?= 1200# seconds for a whole run of pytest: ends what python cannot interrupt
 
 # What only test-clients needs, in folders of build/: without their dependencies, which would bring CUDA.
-FRAMEWORKS := frameworks transformers-5.0.0 transformers-5.22.2
+FRAMEWORKS := frameworks transformers-5.0.0 transformers-5.22.2 sglang-0.5.23
 IN_frameworks := megatron-core==0.16.1 torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 \
     docstring_parser==0.18.0 shtab==1.13.0 typeguard==4.6.0 triton==3.9.0
 IN_transformers-5.0.0 := transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.3.1 httpx==0.28.1 \
     httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 certifi==2026.10.18 idna==3.20 sniffio==1.3.1
 IN_transformers-5.22.2 := transformers==5.22.2
+IN_sglang-0.5.23 := sglang==0.5.23
 
 SHELL := /bin/bash
 BIN := .venv/bin
