@@ -6,18 +6,15 @@ Its files that talk to deep_ep are run as they are, with the little of sglang th
 CUDA and a hundred packages, is replaced in the rank processes of this test by modules of constants.
 """
 
-import importlib
-import importlib.abc
-import importlib.machinery
 import json
 import os
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from deep_ep_oracle import combined, dispatched, make_case, open_gloo, same
+from pretend import Pretended
 
 from moe_comm import reference
 from moe_comm.deep_ep.quant import cast_from_fp8, cast_to_fp8, pack_ue8m0
@@ -97,41 +94,6 @@ def constants(ue8m0):
             "sglang_per_token_group_quant_fp8": quantized
         },
     }
-
-
-class Sglang(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds REAL in the folder, everything else as a module of constants (or of nothing)."""
-
-    def __init__(self, ue8m0):
-        self.constants = constants(ue8m0)
-
-    def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] != "sglang":
-            return None
-        if name in REAL:
-            file = SGLANG.joinpath(*name.split(".")).with_suffix(".py")
-            return importlib.util.spec_from_file_location(name, file)
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        module = ModuleType(spec.name)
-        module.__getattr__ = lambda name: self.unused(spec.name, name)
-        return module
-
-    def exec_module(self, module):
-        vars(module).update(self.constants.get(module.__name__, {}))
-
-    def unused(self, module, name):
-        """A name that is imported, and must not be called."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if f"{module}.{name}" in REAL | self.constants.keys():
-            return importlib.import_module(f"{module}.{name}")
-
-        def called(*_, **__):
-            raise AssertionError(f"{module}.{name} is used, but it has no stand-in")
-
-        return called
 
 
 def unchanged(rows, topk_ids, weights):
@@ -242,7 +204,7 @@ def check_v2(rank, group, num_ranks, ue8m0, fp8):
 def run_sglang(rank, group, num_ranks, store, node_of, ue8m0):
     process_group = open_gloo(rank, num_ranks, store)
     torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-    sys.meta_path.insert(0, Sglang(ue8m0))
+    Pretended("sglang", SGLANG, REAL, constants(ue8m0)).install()
     os.environ["MOE_COMM_AS_DEEP_EP"] = "1"
     from moe_comm.integrations.sglang import install
 
