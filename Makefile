@@ -9,14 +9,29 @@ export TORCH PYTHON CXX
 ARGS ?=
 TEST_TIMEOUT ?= 1200# seconds for a whole run of pytest: ends what python cannot interrupt
 
-# What only test-clients needs: without their dependencies, which would bring CUDA.
-FRAMEWORKS := megatron-core==0.16.1 torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 \
+# What only test-clients needs, in folders of build/: without their dependencies, which would bring CUDA.
+FRAMEWORKS := frameworks transformers-5.0.0 transformers-5.22.2 sglang-0.5.23 vllm-build vllm-0.33.0
+IN_frameworks := megatron-core==0.16.1 torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 \
     docstring_parser==0.18.0 shtab==1.13.0 typeguard==4.6.0 triton==3.9.0
-FRAMEWORKS_IN := $(CURDIR)/build/frameworks
+IN_transformers-5.0.0 := transformers==5.0.0 tokenizers==0.22.2 huggingface_hub==1.3.1 httpx==0.28.1 \
+    httpcore==1.0.9 h11==0.16.0 anyio==4.16.0 certifi==2026.10.18 idna==3.20 sniffio==1.3.1
+IN_transformers-5.22.2 := transformers==5.22.2
+IN_sglang-0.5.23 := sglang==0.5.23
+# Its source, nothing compiled: its wheel is for CUDA, and ten times as large.
+IN_vllm-build := setuptools_scm==10.3.4 setuptools_rust==1.13.0 semantic_version==2.10.0 vcs_versioning==2.6.0
+IN_vllm-0.33.0 := vllm==0.33.0
+PIP_vllm-0.33.0 := --no-build-isolation --no-binary vllm
+ENV_vllm-0.33.0 := VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.33.0 PYTHONPATH=$(CURDIR)/build/vllm-build
 
 # What only test-kernels needs, likewise.
-COMPILERS := triton==3.9.0 cupy-cuda13x==14.2.0 nvidia-cuda-nvrtc==13.5.37
-COMPILERS_IN := $(CURDIR)/build/kernels-site
+IN_kernels-site := triton==3.9.0 cupy-cuda13x==14.2.0 nvidia-cuda-nvrtc==13.5.37
+
+install = $(foreach folder,$(1), \
+    [ "$$(cat build/$(folder)/installed 2>/dev/null)" = "$(IN_$(folder))" ] || { \
+    echo "installing $(IN_$(folder))" && rm -rf build/$(folder) && $(ENV_$(folder)) \
+    $(BIN)/python -m pip install -q --no-deps $(PIP_$(folder)) --target build/$(folder) $(IN_$(folder)) && \
+    echo "$(IN_$(folder))" >build/$(folder)/installed; } || \
+    echo "not installed here, what needs it will be skipped: $(folder)" >&2;)
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -41,21 +56,13 @@ test: ## the test suite (at most 10 minutes on 2 cores)
 
 test-clients: ## the frameworks that use this package, and DeepEP's interface
 	@.dev/setup.sh test
-	@[ "$$(cat $(FRAMEWORKS_IN)/installed 2>/dev/null)" = "$(FRAMEWORKS)" ] || { \
-	    echo "installing $(FRAMEWORKS)" && rm -rf $(FRAMEWORKS_IN) && \
-	    $(BIN)/python -m pip install -q --no-deps --target $(FRAMEWORKS_IN) $(FRAMEWORKS) && \
-	    echo "$(FRAMEWORKS)" >$(FRAMEWORKS_IN)/installed; } || \
-	    echo "test-clients: they cannot be installed here; their tests will be skipped" >&2
-	@PYTHONPATH=$(FRAMEWORKS_IN) $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
+	@$(call install,$(FRAMEWORKS))
+	@PYTHONPATH=$(CURDIR)/build/frameworks $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
 
 test-kernels: ## device code, without a device: Triton interpreted and compiled, CUDA compiled (at most 6 minutes)
 	@.dev/setup.sh test
-	@[ "$$(cat $(COMPILERS_IN)/installed 2>/dev/null)" = "$(COMPILERS)" ] || { \
-	    echo "installing $(COMPILERS)" && rm -rf $(COMPILERS_IN) && \
-	    $(BIN)/python -m pip install -q --no-deps --target $(COMPILERS_IN) $(COMPILERS) && \
-	    echo "$(COMPILERS)" >$(COMPILERS_IN)/installed; } || \
-	    echo "test-kernels: they cannot be installed here; tests that need them will be skipped" >&2
-	@PYTHONPATH=$(COMPILERS_IN) $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
+	@$(call install,kernels-site)
+	@PYTHONPATH=$(CURDIR)/build/kernels-site $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped

@@ -50,6 +50,11 @@ class EPHandle:
     _metadata: tuple[Tensor, int] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if (
+            self.recv_src_metadata.is_inference()
+        ):  # such a tensor does not count what is written to it
+            with torch.inference_mode(False):
+                self.recv_src_metadata = self.recv_src_metadata.clone()
         self._metadata = (self.recv_src_metadata, self.recv_src_metadata._version)
 
     @classmethod

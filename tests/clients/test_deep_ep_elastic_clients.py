@@ -179,6 +179,7 @@ def test_expanded_training(world):
 # --- vLLM: prefill and decode ---------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def vllm(rank, group, num_ranks, store):
     cache = weakref.WeakValueDictionary()
     options = {
@@ -244,6 +245,7 @@ def test_vllm(world):
 # --- sglang ---------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def sglang(rank, group, num_ranks, store):
     buffer = deep_ep.ElasticBuffer(
         open_gloo(rank, num_ranks, store), num_max_tokens_per_rank=M, hidden=HIDDEN, num_topk=TOPK,

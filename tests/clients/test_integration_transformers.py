@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from transformer_models import MODELS, build, check_fsdp, check_model, mesh_of, of_each
+from transformer_models import (
+    BOUND,
+    MODELS,
+    build,
+    check_fsdp,
+    check_model,
+    error,
+    mesh_of,
+    of_each,
+)
 
 OPTIONS = {"ranks_per_node": 2, "window_bytes": 8 << 20}
 OLD = {
@@ -26,6 +35,56 @@ def start(rank, num_ranks, store):
     return mesh_of((num_ranks, 1), "ep", "tp")
 
 
+def check_two_batches(mesh, num_ranks, layouts):
+    """One layer's experts: two micro-batches forward, then both backward in either order, one rank without tokens."""
+    import moe_comm.integrations.transformers as ep
+
+    rank = dist.get_rank()
+    num_tokens = [7, 0, 3, 12][:num_ranks]
+    mine = slice(sum(num_tokens[:rank]), sum(num_tokens[: rank + 1]))
+    g = torch.Generator().manual_seed(2)
+    batches = [
+        (
+            torch.randn(sum(num_tokens), 64, generator=g),
+            torch.rand(sum(num_tokens), 8, generator=g).argsort(1)[:, :3],
+            torch.rand(sum(num_tokens), 3, generator=g),
+            torch.randn(sum(num_tokens), 64, generator=g),
+        )
+        for _ in range(2)
+    ]
+
+    def run(model, part, order):
+        """[out, gradients of x and weights] of each batch, and the parameters' gradients."""
+        model.zero_grad()
+        run_experts = model.model.layers[1].mlp.experts
+        outs, inputs = [], []
+        for x, idx, weights, _ in batches:
+            inputs.append([t[part].clone().requires_grad_() for t in (x, weights)])
+            outs.append(run_experts(inputs[-1][0], idx[part], inputs[-1][1]))
+        for i in order:
+            outs[i].backward(batches[i][3][part])
+        results = [
+            [out.detach(), *(t.grad for t in i)] for out, i in zip(outs, inputs, strict=True)
+        ]
+        return results, ep.full_gradients(model)
+
+    for layout in layouts:
+        alone, split = build("Qwen3Moe"), build("Qwen3Moe")
+        ep.parallelize(split, mesh["ep"], mesh["tp"], layout=layout, **OPTIONS)
+        for order in ((0, 1), (1, 0)):
+            case = f"{layout}, {order}"
+            (want, want_grads), (got, grads) = (
+                run(alone, slice(None), order),
+                run(split, mine, order),
+            )
+            for ours, theirs in zip(got, want, strict=True):
+                for mine_, all_ in zip(ours, theirs, strict=True):
+                    assert not len(mine_) or error(mine_, all_[mine]) <= BOUND, case
+            assert grads, case
+            for name, grad in grads.items():
+                assert error(grad, want_grads[name]) <= BOUND, f"{case}: {name}"
+
+
 def check_new(rank, group, num_ranks, store):
     mesh = start(rank, num_ranks, store)
     import moe_comm.integrations.transformers as ep
@@ -35,6 +94,7 @@ def check_new(rank, group, num_ranks, store):
         for layout in ("expert", "rank"):
             models = [build(name), build(name)]
             check_model(f"{name} {layout}", models, mesh, layout, batches, **OPTIONS)
+    check_two_batches(mesh, num_ranks, ("expert", "rank"))
     ep.close()
     for name in MODELS if num_ranks == 2 else MODELS[:2]:
         for layout in ("expert", "rank"):
@@ -73,6 +133,7 @@ def check_old(rank, group, num_ranks, store, version):
         model.set_experts_implementation("eager")
     check_model(f"{version} eager", models, mesh, "expert", batches, **OPTIONS)
     assert len(ep.buffers()) == 1, "one Buffer for all layers and models of a group"
+    check_two_batches(mesh, num_ranks, ("expert",))
     shared = build("Mixtral")
     split = type(shared)(shared.config)
     split.load_state_dict(shared.state_dict())
