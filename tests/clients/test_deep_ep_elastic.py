@@ -270,10 +270,8 @@ def check_combine(rank, group, num_ranks, store):
         for expand in (0, 1):
             want = expanded(case, 4) if expand else dispatched(case)
             ys = random_like(want.x, 9)
-            for buffer in buffers:
-                how = "compact"
-                if expand:
-                    how = "local" if buffer.allow_multiple_reduction else "each"
+            for buffer, with_copies in zip(buffers, ("local", "each"), strict=True):
+                how = with_copies if expand else "compact"
                 for sync in (True, False):
                     x, _, weights, handle, _ = send(
                         buffer,
@@ -373,6 +371,14 @@ def check_rounds(rank, group, num_ranks, store):
         assert same(out, reference.combine_by_lane(ys, want.bookkeeping, case.idx, EXPERTS)[rank])
         assert same(back, torch.where(case.idx[rank] >= 0, case.weights[rank], 0.0))
     assert buffer.runtime.stats()["rounds"] >= 8
+    # The least windows hold all copies of a token.
+    process_group = torch.distributed.group.WORLD
+    buffer = deep_ep.ElasticBuffer(process_group, 2 << 20, allow_multiple_reduction=False)
+    case = make_case([3, 0, 1, 2][:num_ranks], hidden=7168, topk=32, num_experts=32 * num_ranks)
+    want = expanded(case)
+    _, _, _, handle, _ = send(buffer, case, rank, do_expand=True)
+    out, _, _ = buffer.combine(want.x[rank], handle)
+    assert same(out, sums(case, rank, want.x, want.bookkeeping, "each"))
 
 
 def test_rounds(world):
@@ -476,6 +482,14 @@ def check_attributes(rank, group, num_ranks, store, ranks_per_node):
     assert isinstance(buffer.capture(), deep_ep.EventHandle)
     sms = buffer.get_theoretical_num_sms(EXPERTS, TOPK)
     assert sms % 2 == 0 and sms >= 4 and buffer.get_theoretical_num_qps(sms) == 9
+    assert buffer.get_theoretical_num_qps(4) == 4 and buffer.num_allocated_qps >= 9
+    with pytest.raises(moe_comm.ArgumentError, match="num_scaleout_topk: expected 0"):
+        buffer.get_theoretical_num_sms(EXPERTS, TOPK, 2)
+    other = deep_ep.ElasticBuffer(
+        process_group, 2 << 20, num_allocated_qps=5, prefer_overlap_with_compute=0
+    )
+    assert other.get_theoretical_num_sms(EXPERTS, TOPK) >= 64
+    assert other.num_allocated_qps == other.get_theoretical_num_qps(64) == 5
     for name in (
         "engram_write",
         "engram_fetch",

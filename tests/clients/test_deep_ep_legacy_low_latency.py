@@ -400,6 +400,12 @@ def check_wrong(rank, group, num_ranks, store, node_of):
             lambda bad: dispatch(True, **grown, **({"topk_idx": 3} if bad else {})),
         )
 
+    # Windows that hold more: M is what the call says all the same.
+    more = {"num_max_dispatch_tokens_per_rank": 2 * MAX_TOKENS}
+    dispatch(True, **more)
+    few = len(case.xs[last]) - 1
+    refused("x: expected at most", lambda bad: dispatch(bad, num_max_dispatch_tokens_per_rank=few))
+
     def combine(bad, **changes):
         given = {"x": packed, "topk_idx": idx, "topk_weights": weights, "handle": handle}
         return buffer.low_latency_combine(**{**given, **(changes if bad else {})})

@@ -1,7 +1,6 @@
-"""Names, signatures, events, Config and casts of the legacy half; one process."""
+"""Names, events, Config and casts of the legacy half; one process. Signatures: test_deep_ep_names.py."""
 
 import importlib
-import inspect
 import json
 import math
 import struct
@@ -10,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from deep_ep_record import CONFIG
 
 from moe_comm import ArgumentError, deep_ep
 from moe_comm.deep_ep import quant
@@ -20,90 +20,7 @@ from moe_comm.deep_ep.utils.math import (
     per_token_cast_to_fp8,
 )
 
-# --- signatures ----------------------------------------------------------------------------------
-# DeepEP's, written down by hand: "name" without default, "name=default" with one. "|" ends a generation's list where
-# three differ: v1.2.1 | the last of v1 | v2.
-
-LAYOUT = "previous_event=None async_finish=False allocate_on_comm_stream=False"
-DISPATCH = (
-    "x handle=None num_tokens_per_rank=None num_tokens_per_rdma_rank=None is_token_in_rank=None "
-    "num_tokens_per_expert=None topk_idx=None topk_weights=None expert_alignment=1"
-)
-COMBINE = f"x handle topk_weights=None bias=None config=None {LAYOUT}"
-INIT = (
-    "group num_nvl_bytes=0 num_rdma_bytes=0 low_latency_mode=False num_qps_per_rank=24 "
-    "allow_nvlink_for_low_latency_mode=True allow_mnnvl=False"
-)
-EVENT = "event=None extra_tensors=None"
-CONFIG = (
-    "num_sms=20 num_max_nvl_chunked_send_tokens=6 num_max_nvl_chunked_recv_tokens=256 "
-    "num_max_rdma_chunked_send_tokens=6 num_max_rdma_chunked_recv_tokens=256"
-)
-SIGNATURES = {
-    "Buffer": f"{INIT} explicitly_destroy=False comm=None"
-    f" | {INIT} use_fabric=False explicitly_destroy=False enable_shrink=False comm=None"
-    f" | {INIT} explicitly_destroy=False enable_shrink=False comm=None",
-    "Buffer.destroy": "self",
-    "Buffer.is_sm90_compiled": "",
-    "Buffer.set_num_sms": "new_num_sms",
-    "Buffer.capture": "",
-    "Buffer.get_low_latency_rdma_size_hint": "num_max_dispatch_tokens_per_rank hidden num_ranks num_experts",
-    "Buffer.get_dispatch_config": "num_ranks",
-    "Buffer.get_combine_config": "num_ranks",
-    "Buffer.get_comm_stream": "self",
-    "Buffer.get_local_buffer_tensor": "self dtype size=None offset=0 use_rdma_buffer=False",
-    "Buffer._unpack_bias": "bias",
-    "Buffer.get_dispatch_layout": f"self topk_idx num_experts {LAYOUT}",
-    "Buffer.dispatch": f"self {DISPATCH} num_worst_tokens=0 config=None {LAYOUT}",
-    "Buffer.combine": f"self {COMBINE}",
-    "Buffer.internode_dispatch": f"self {DISPATCH} config=None {LAYOUT}"
-    f" | self {DISPATCH} num_worst_tokens=0 config=None {LAYOUT} | self {DISPATCH} config=None {LAYOUT}",
-    "Buffer.internode_combine": f"self {COMBINE}",
-    "Buffer.low_latency_dispatch": "self x topk_idx num_max_dispatch_tokens_per_rank num_experts "
-    "cumulative_local_expert_recv_stats=None dispatch_wait_recv_cost_stats=None use_fp8=True round_scale=False "
-    "use_ue8m0=False async_finish=False return_recv_hook=False",
-    "Buffer.low_latency_combine": "self x topk_idx topk_weights handle use_logfmt=False zero_copy=False "
-    "async_finish=False return_recv_hook=False out=None combine_wait_recv_cost_stats=None",
-    "Buffer.clean_low_latency_buffer": "self num_max_dispatch_tokens_per_rank hidden num_experts",
-    "Buffer.get_next_low_latency_combine_buffer": "self handle",
-    "Buffer.low_latency_update_mask_buffer": "self rank_to_mask mask=False",
-    "Buffer.low_latency_query_mask_buffer": "self mask_status",
-    "Buffer.low_latency_clean_mask_buffer": "self",
-    "Config": CONFIG,
-    "Config.get_nvl_buffer_size_hint": "self hidden_bytes num_ranks",
-    "Config.get_rdma_buffer_size_hint": "self hidden_bytes num_ranks",
-    "EventHandle": "",
-    "EventHandle.current_stream_wait": "self",
-    "EventOverlap": EVENT,
-    "EventOverlap.current_stream_wait": "self | self | self release_handle=False",
-    "EventOverlap.__call__": "self release_handle=False",
-    "EventOverlap.register_hook_after_wait": "self fn",
-}
-# Where our positional order cannot be all of theirs: these are passed by keyword, or told apart by their types.
-BY_KEYWORD = {"Buffer": {"use_fabric", "explicitly_destroy", "enable_shrink", "comm"}}
-BY_KEYWORD["Buffer.internode_dispatch"] = {"config", *(p.split("=")[0] for p in LAYOUT.split())}
-
-
-def spelled(parameter):
-    if parameter.default is inspect.Parameter.empty:
-        return parameter.name
-    return f"{parameter.name}={parameter.default}"
-
-
-@pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_of_all_generations(name):
-    found = deep_ep
-    for part in name.split("."):
-        found = getattr(found, part)
-    ours = [spelled(p) for p in inspect.signature(found).parameters.values()]
-    kinds = {p.kind for p in inspect.signature(found).parameters.values()}
-    assert kinds <= {inspect.Parameter.POSITIONAL_OR_KEYWORD}
-    generations = [theirs.split() for theirs in SIGNATURES[name].split("|")]
-    for theirs in generations:
-        assert set(theirs) <= set(ours), "a parameter is missing, or its default differs"
-        ordered = [p for p in theirs if p.split("=")[0] not in BY_KEYWORD.get(name, ())]
-        assert ours[: len(ordered)] == ordered
-    assert set(ours) == set().union(*generations), "parameters that DeepEP never had"
+# --- names ---------------------------------------------------------------------------------------
 
 
 def test_names():
@@ -334,10 +251,12 @@ def test_logfmt():
     x[0, ::2] = 0  # zero has a code of its own
     x[1, :128] = 3 * x[1, :128] + 5  # a group that reaches 1 passes as it is
     x[2, :128] = 0.25  # nothing to spread
+    x[4, 5], x[5, 5] = 1.0, 1.5  # the first that reach 1
     x[3, 0] = 1e-30  # far below the largest: 32 octaves is all there is
     got = quant.through_logfmt(x)
     assert got.dtype == x.dtype and got.shape == x.shape
     assert torch.equal(got[1, :128], x[1, :128]) and torch.equal(got[2, :128], x[2, :128])
+    assert torch.equal(got[4:, :128], x[4:, :128])
     assert bool((got[0, ::2] == 0).all()) and not torch.equal(got, x)
     assert torch.equal(got.sign()[1:], x.sign()[1:])
     for t in range(6):
