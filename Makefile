@@ -15,7 +15,7 @@ FRAMEWORKS := megatron-core==0.16.1 torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.
 FRAMEWORKS_IN := $(CURDIR)/build/frameworks
 
 # What only test-kernels needs, likewise.
-COMPILERS := triton==3.9.0 cupy-cuda13x==14.2.0 nvidia-cuda-nvrtc==13.5.37
+COMPILERS := triton==3.9.0 cupy-cuda13x==14.2.0 cuda-pathfinder==1.9.0 nvidia-cuda-nvrtc==13.5.37
 COMPILERS_IN := $(CURDIR)/build/kernels-site
 
 SHELL := /bin/bash
@@ -55,7 +55,8 @@ test-kernels: ## device code, without a device: Triton interpreted and compiled,
 	    $(BIN)/python -m pip install -q --no-deps --target $(COMPILERS_IN) $(COMPILERS) && \
 	    echo "$(COMPILERS)" >$(COMPILERS_IN)/installed; } || \
 	    echo "test-kernels: they cannot be installed here; tests that need them will be skipped" >&2
-	@PYTHONPATH=$(COMPILERS_IN) $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
+	@PYTHONPATH=$(COMPILERS_IN) LD_LIBRARY_PATH=$(COMPILERS_IN)/nvidia/cu13/lib:$$LD_LIBRARY_PATH \
+	    $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped
