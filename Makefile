@@ -21,7 +21,7 @@ COMPILERS_IN := $(CURDIR)/build/kernels-site
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest
-CXX_FILES = $(shell find csrc kernels tests/cpp -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES = $(shell find csrc kernels tests/cpp tests/kernels -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 ifeq ($(origin CXX),default)
 CXX := g++
 endif

@@ -108,15 +108,10 @@ MOE_COMM_DEVICE inline void pack_token(const Block& block, const Arguments& a, u
   }
 }
 
-// This block's share of the tokens. True in every thread of the block that ended last: then all
-// rows are stored, and happen before what its threads do next.
+// True in every thread of the block that came here last: then everything all blocks stored happens
+// before what its threads do next.
 template <class Block>
-MOE_COMM_DEVICE inline bool pack_tokens(Block& block, const Arguments& a, const uint32_t* lanes,
-                                        uint64_t num_lanes, uint64_t* arrived) {
-  for (uint64_t token = a.first_token + block.index(); token < a.last_token;
-       token += block.num_blocks()) {
-    pack_token(block, a, token, lanes, num_lanes);
-  }
+MOE_COMM_DEVICE inline bool is_last(Block& block, uint64_t* arrived) {
   block.any(false);
   const bool last =
       block.any(block.thread() == 0 && block.arrive(arrived) == block.num_blocks() - 1);
@@ -125,17 +120,32 @@ MOE_COMM_DEVICE inline bool pack_tokens(Block& block, const Arguments& a, const 
 }
 
 template <class Block>
+MOE_COMM_DEVICE inline void push_link(Block& block, const DeviceRing& ring, const Link& link,
+                                      uint64_t epoch, uint64_t num_bytes, uint64_t* status) {
+  const Transfer transfer{static_cast<uint32_t>(link.channel), static_cast<uint32_t>(epoch),
+                          link.local_offset, link.remote_offset, link.head_bytes + num_bytes};
+  const WaitStatus pushed = ring::push(block, ring, transfer);
+  if (pushed != kWaitOk) block.store_release(status, pushed);
+}
+
+// This block's share of the tokens; `is_last` of all.
+template <class Block>
+MOE_COMM_DEVICE inline bool pack_tokens(Block& block, const Arguments& a, const uint32_t* lanes,
+                                        uint64_t num_lanes, uint64_t* arrived) {
+  for (uint64_t token = a.first_token + block.index(); token < a.last_token;
+       token += block.num_blocks()) {
+    pack_token(block, a, token, lanes, num_lanes);
+  }
+  return is_last(block, arrived);
+}
+
+template <class Block>
 MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
   if (pack_tokens(block, a, a.lanes, a.num_links, a.arrived)) {
     for (uint64_t l = block.thread(); l < a.num_links; l += block.num_threads()) {
-      const Link& link = a.links[l];
       const uint32_t lane = a.lanes[l];
       const uint64_t rows = static_cast<uint64_t>(a.starts[a.num_lanes + lane] - a.starts[lane]);
-      const Transfer transfer{static_cast<uint32_t>(link.channel), static_cast<uint32_t>(a.epoch),
-                              link.local_offset, link.remote_offset,
-                              link.head_bytes + rows * a.row_bytes};
-      const WaitStatus status = ring::push(block, a.ring, transfer);
-      if (status != kWaitOk) block.store_release(a.status, status);
+      push_link(block, a.ring, a.links[l], a.epoch, rows * a.row_bytes, a.status);
     }
   }
   if (pack_tokens(block, a, a.lanes + a.num_links, a.num_local, a.arrived + 1)) {

@@ -15,10 +15,11 @@ from moe_comm.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
-# Of one thread. Recorded 2026-11-21 (nvcc 13.0, most of three architectures): push 18, arm 20, wait 12, dispatch 38.
-# More is a decision, not an accident.
+# Of one thread. Recorded 2026-11-21 (nvcc 13.0, most of three architectures): push 18, arm 20, wait 12, dispatch 38,
+# sums 71 to 99. More is a decision, not an accident.
 MAX_REGISTERS = {
     "moe_comm_push": 24, "moe_comm_arm": 24, "moe_comm_wait": 16, "moe_comm_dispatch_send": 48,
+    **{f"moe_comm_combine_send_{dtype}": 104 for dtype in ("bf16", "f16", "f32", "f64")},
 }  # fmt: skip
 
 
@@ -75,8 +76,8 @@ def test_nvrtc(nvrtc, name, arch):
     code, log = cuda.compile_source(name, arch)
     assert code[:4] == b"\x7fELF" and log.strip("\0\n ") == ""
     source = (cuda.HERE / f"{name}.cu").read_text()
-    kernels = re.findall(r'extern "C" __global__ [^(]*\([^)]*\)\s*(\w+)\(', source)
-    assert len(kernels) == source.count("__global__") > 0
+    kernels = set(re.findall(r"\bmoe_comm_\w+", source))
+    assert len(kernels) >= source.count("__global__") > 0
     for kernel in kernels:
         assert kernel.encode() in code and kernel in MAX_REGISTERS
 

@@ -1,4 +1,4 @@
-"""kernels/dispatch.cuh as host code (dispatch_host.cpp), against pack's torch twin: windows byte for byte, commands."""
+"""The fused kernels as host code (fused_host.cpp), against the torch twins: windows byte for byte, and commands."""
 
 import ctypes
 import os
@@ -10,20 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import lanes_of, random_bytes, random_topk
+from test_kernels import FLOATS, bits, lanes_of, make_terms, random_bytes, random_topk
 
 from moe_comm.kernels import TORCH
-from moe_comm.layout import RowFormat
+from moe_comm.layout import DTYPE_CODES, RowFormat
 
-SOURCE = Path(__file__).parent / "dispatch_host.cpp"
+SOURCE = Path(__file__).parent / "fused_host.cpp"
 CXX = shlex.split(os.environ.get("CXX") or "g++")
-FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+FLAGS = [
+    *("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"),
+    *("-Wall", "-Wextra", "-Werror"),
+]
 RING = ["slots", "reserved", "taken_seen", "taken", "abort_word", "num_slots", "timeout_ns"]
 ARGUMENTS = [
     "x", "x_stride", "payload_bytes", "scales", "scale_token_stride", "scale_stride", "scale_item", "num_scales",
     "topk_idx", "topk_weights", "topk", "lane_rows", "starts", "num_lanes", "first_token", "last_token", "scales_at",
     "token_at", "ids_at", "weights_at", "row_bytes", "windows", "lanes", "num_links", "num_local", "links", "commits",
     "epoch", "arrived", "status",
+]  # fmt: skip
+
+
+COMBINE_ARGUMENTS = [
+    "memory", "offsets", "weights", "bias", "bias_stride", "num_terms", "inner_first", "inner_last", "payload_bytes",
+    "groups", "num_links", "num_local", "links", "row_bytes", "commits", "epoch", "arrived", "status",
 ]  # fmt: skip
 
 
@@ -35,11 +44,15 @@ class Arguments(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in ARGUMENTS] + [("ring", Ring)]
 
 
+class CombineArguments(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in COMBINE_ARGUMENTS] + [("ring", Ring)]
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     if not shutil.which(CXX[0]):
         pytest.skip(f"no {CXX[0]}")
-    path = tmp_path_factory.mktemp("dispatch") / "dispatch_host.so"
+    path = tmp_path_factory.mktemp("fused") / "fused_host.so"
     done = subprocess.run(
         [*CXX, *FLAGS, str(SOURCE), "-o", str(path)], capture_output=True, text=True
     )
@@ -59,6 +72,15 @@ def new_ring(num_slots, timeout_s=10.0):
     ticket = 2 * num_slots  # an even lap: zeroed slots are not there yet
     words = [Words([0] * 2 * num_slots), *(Words([ticket]) for _ in range(3)), Words([0])]
     return Ring(*(w.at for w in words), num_slots, int(timeout_s * 1e9)), words
+
+
+def take_all(library, ring):
+    """{(channel, epoch, local offset, remote offset, bytes)}."""
+    commands, command = [], (ctypes.c_uint64 * 5)()
+    while library.take(ctypes.byref(ring), command) & 1:
+        commands.append(tuple(command))
+    assert len(set(commands)) == len(commands)
+    return set(commands)
 
 
 @pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (3, 4), (7, 2)])
@@ -117,11 +139,7 @@ def test_send(library, num_blocks, num_threads, parts, capacity):
         assert commit_words.tensor.tolist() == [epoch, epoch]
         assert status.tensor.tolist() == [0] and arrived.tensor.tolist() == [0, 0]
         starts = routed.round_starts[round_idx : round_idx + 2].tolist()
-        commands = set()
-        command = (ctypes.c_uint64 * 5)()
-        while library.take(ctypes.byref(arguments.ring), command) & 1:
-            commands.add(tuple(command))
-        assert commands == {
+        assert take_all(library, arguments.ring) == {
             (10 + lane, epoch & 0xFFFF, lane << 4, lane << 8, 256 + f.row_bytes * (starts[1][lane] - starts[0][lane]))
             for lane in links
         }  # fmt: skip
@@ -147,3 +165,47 @@ def test_a_full_ring_is_reported_and_the_node_still_gets_its_rows(library):
     library.dispatch_send(ctypes.byref(arguments), 2, 4)
     assert status.tensor.tolist() == [1], "kWaitTimeout"
     assert not window.any() and commit.tensor.tolist() == [5] and kept
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "weighted, biased, inner", [(0, 0, (0, 0)), (1, 0, (0, 3)), (0, 1, (1, 4)), (1, 1, (3, 5))]
+)
+@pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (3, 2)])
+def test_combine_send(library, dtype, weighted, biased, inner, num_blocks, num_threads):
+    """Sums into windows of three groups, two for links, bit for bit what reduce's twin makes."""
+    num_rows, width, num_terms, epoch = 21, 24, 5, 77
+    memory, offsets = make_terms(dtype, num_rows, width, num_terms, seed=3)
+    zeros = torch.zeros(width, dtype=dtype).neg().view(torch.uint8)
+    memory = torch.cat([memory, zeros])  # a row of −0.0
+    offsets[2:4] = -1
+    offsets[2, 1] = offsets[3, 3] = offsets[3, 4] = len(memory) - len(zeros)
+    weights = torch.rand(num_rows, num_terms) if weighted else None
+    bias = torch.randn(num_rows, 2 * width).to(dtype)[:, :width] if biased else None
+    want = torch.empty(num_rows, width, dtype=dtype)
+    TORCH.reduce(
+        want, memory, offsets, weights=weights, bias=bias, inner_first=inner[0], inner_last=inner[1]
+    )
+    item, row_bytes = dtype.itemsize, width * dtype.itemsize + 32
+    window = torch.full((num_rows, row_bytes), 0xA5, dtype=torch.uint8)
+    groups = Words(
+        [[window[first].data_ptr(), row_bytes, first, n] for first, n in ((0, 4), (4, 0), (4, 17))]
+    )
+    links = Words([[7, 16, 32, 256], [8, 48, 64, 256]])
+    commit, status, arrived = Words([0]), Words([0]), Words([0, 0])
+    commits = Words([commit.at])
+    ring, kept = new_ring(4)
+    arguments = CombineArguments(
+        memory.data_ptr(), offsets.data_ptr(), weights.data_ptr() if weighted else 0, bias.data_ptr() if biased else 0,
+        2 * width * item, num_terms, *inner, width * item, groups.at, 2, 1, links.at, row_bytes, commits.at, epoch,
+        arrived.at, status.at, ring,
+    )  # fmt: skip
+    library.combine_send(ctypes.byref(arguments), DTYPE_CODES[dtype], num_blocks, num_threads)
+    got = window[:, : width * item].view(dtype)
+    assert torch.equal(bits(got), bits(want)) and (window[:, width * item :] == 0xA5).all()
+    assert commit.tensor.tolist() == [epoch] and status.tensor.tolist() == [0] and kept
+    assert arrived.tensor.tolist() == [0, 0]
+    assert take_all(library, arguments.ring) == {
+        (7, 77, 16, 32, 256 + 4 * row_bytes),
+        (8, 77, 48, 64, 256),
+    }

@@ -1,11 +1,15 @@
-// kernels/dispatch.cuh run by host threads, a std::barrier for each block: a library for ctypes.
+// kernels/dispatch.cuh and combine.cuh run by host threads, a std::barrier for each block: a
+// library for ctypes. Compiled without contraction: a product is rounded before it is added.
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <chrono>
+#include <memory>
 #include <thread>
 #include <vector>
 
 #include "../../csrc/ring.hpp"
+#include "../../kernels/combine.cuh"
 #include "../../kernels/dispatch.cuh"
 
 using namespace moe_comm;
@@ -57,6 +61,18 @@ struct HostBlock {
         .count();
   }
   void pause() { std::this_thread::yield(); }
+  template <class T>
+  T multiply(T a, T b) const {
+    return a * b;
+  }
+  template <class T>
+  T add(T a, T b) const {
+    return a + b;
+  }
+  float half_to_float(uint16_t bits) const { return std::bit_cast<_Float16>(bits); }
+  uint16_t float_to_half(float value) const {
+    return std::bit_cast<uint16_t>(static_cast<_Float16>(value));
+  }
 };
 
 template <class Function>
@@ -83,6 +99,17 @@ void dispatch_send(const dispatch::Arguments* arguments, uint64_t num_blocks,
                    uint64_t num_threads) {
   launch(num_blocks, num_threads,
          [arguments](HostBlock& block) { dispatch::send(block, *arguments); });
+}
+
+// dtype as in moe_comm/layout.py.
+void combine_send(const combine::Arguments* a, uint64_t dtype, uint64_t num_blocks,
+                  uint64_t num_threads) {
+  launch(num_blocks, num_threads, [a, dtype](HostBlock& block) {
+    if (dtype == 1) combine::send<combine::BFloat16>(block, *a);
+    if (dtype == 2) combine::send<combine::Float16>(block, *a);
+    if (dtype == 3) combine::send<combine::Itself<float>>(block, *a);
+    if (dtype == 4) combine::send<combine::Itself<double>>(block, *a);
+  });
 }
 
 // The next command of the ring, unpacked to five numbers; false: there is none.
