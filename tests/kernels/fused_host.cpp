@@ -1,4 +1,4 @@
-// kernels/dispatch.cuh and combine.cuh run by host threads, a std::barrier for each block: a
+// kernels/{dispatch,receive,combine}.cuh run by host threads, a std::barrier for each block: a
 // library for ctypes. Compiled without contraction: a product is rounded before it is added.
 #include <atomic>
 #include <barrier>
@@ -11,6 +11,7 @@
 #include "../../csrc/ring.hpp"
 #include "../../kernels/combine.cuh"
 #include "../../kernels/dispatch.cuh"
+#include "../../kernels/receive.cuh"
 
 using namespace moe_comm;
 
@@ -99,6 +100,14 @@ void dispatch_send(const dispatch::Arguments* arguments, uint64_t num_blocks,
                    uint64_t num_threads) {
   launch(num_blocks, num_threads,
          [arguments](HostBlock& block) { dispatch::send(block, *arguments); });
+}
+
+void forward(const receive::Forward* a, uint64_t num_blocks, uint64_t num_threads) {
+  launch(num_blocks, num_threads, [a](HostBlock& block) { receive::forward(block, *a); });
+}
+
+void unpack(const receive::Unpack* a, uint64_t num_blocks, uint64_t num_threads) {
+  launch(num_blocks, num_threads, [a](HostBlock& block) { receive::unpack(block, *a); });
 }
 
 // dtype as in moe_comm/layout.py.

@@ -19,6 +19,7 @@ ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
 # sums 71 to 99. More is a decision, not an accident.
 MAX_REGISTERS = {
     "moe_comm_push": 24, "moe_comm_arm": 24, "moe_comm_wait": 16, "moe_comm_dispatch_send": 48,
+    "moe_comm_dispatch_forward": 48, "moe_comm_dispatch_unpack": 48,
     **{f"moe_comm_combine_send_{dtype}": 104 for dtype in ("bf16", "f16", "f32", "f64")},
 }  # fmt: skip
 

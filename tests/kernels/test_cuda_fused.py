@@ -48,6 +48,26 @@ class CombineArguments(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in COMBINE_ARGUMENTS] + [("ring", Ring)]
 
 
+class ForwardArguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "rows", "num_rows", "row_bytes", "table", "node_ranks", "starts", "windows", "words", "num_words", "epoch",
+            "arrived",
+        )
+    ]  # fmt: skip
+
+
+class UnpackArguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "rows", "num_rows", "row_bytes", "payload_bytes", "positions", "num_positions", "out_x", "out_scales",
+            "scales_at", "scale_bytes", "words", "num_words", "epoch", "arrived",
+        )
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     if not shutil.which(CXX[0]):
@@ -209,3 +229,62 @@ def test_combine_send(library, dtype, weighted, biased, inner, num_blocks, num_t
         (7, 77, 16, 32, 256 + 4 * row_bytes),
         (8, 77, 48, 64, 256),
     }
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 17])
+@pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (4, 3)])
+def test_forward(library, num_rows, num_blocks, num_threads):
+    """Rows behind `num_rows` are not passed on, whatever the table says."""
+    node_ranks, row_bytes, epoch = 3, 112, 9
+    rows = random_bytes(num_rows + 4, row_bytes, seed=4)
+    g = torch.Generator().manual_seed(num_rows)
+    hits = torch.rand(num_rows + 4, node_ranks, generator=g) < 0.6
+    starts = torch.tensor([5, 0, 40], dtype=torch.int32)
+    table = torch.where(hits, hits.cumsum(0, dtype=torch.int32) - 1 + starts, -1)
+    want = torch.full((node_ranks, num_rows + 1, row_bytes), 0xA5, dtype=torch.uint8)
+    got = want.clone()
+    for local in range(node_ranks):
+        TORCH.forward(want[local], rows[:num_rows], table[:num_rows], starts, local=local)
+    windows, told = Words([got[local].data_ptr() for local in range(node_ranks)]), Words([0, 0, 0])
+    words, number, arrived = (
+        Words([told.at + 8 * i for i in range(3)]),
+        Words([num_rows], torch.int32),
+        Words([0]),
+    )
+    arguments = ForwardArguments(
+        rows.data_ptr(), number.at, row_bytes, table.data_ptr(), node_ranks, starts.data_ptr(), windows.at, words.at, 3,
+        epoch, arrived.at,
+    )  # fmt: skip
+    library.forward(ctypes.byref(arguments), num_blocks, num_threads)
+    assert torch.equal(got, want)
+    assert told.tensor.tolist() == [epoch] * 3 and arrived.tensor.tolist() == [0]
+
+
+@pytest.mark.parametrize("num_rows, num_positions", [(0, 1), (1, 3), (17, 1), (17, 4)])
+@pytest.mark.parametrize("scale_bytes", [0, 7, 20])
+@pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (4, 3)])
+def test_unpack(library, num_rows, num_positions, scale_bytes, num_blocks, num_threads):
+    f = RowFormat.of_dispatch(80, scale_bytes, 2, weights=True)
+    rows = random_bytes(num_rows + 3, f.row_bytes, seed=6)
+    num_places, epoch = 90, 11
+    places = torch.randperm(num_places, generator=torch.Generator().manual_seed(1)).int()
+    positions = places[: (num_rows + 3) * num_positions].view(num_rows + 3, num_positions)
+    positions = torch.where(positions % 4 == 0, -1, positions)
+    x, scales = (
+        torch.full((num_places, 40), -3, dtype=torch.int16),
+        torch.ones(num_places, scale_bytes),
+    )
+    outs = [(x.clone(), scales.to(torch.uint8)) for _ in range(2)]
+    TORCH.unpack(
+        outs[0][0], rows[:num_rows], positions[:num_rows], out_scales=outs[0][1] if scale_bytes else None,
+        scales_at=f.scales_at,
+    )  # fmt: skip
+    told, number, arrived = Words([0]), Words([num_rows], torch.int32), Words([0])
+    words = Words([told.at])
+    arguments = UnpackArguments(
+        rows.data_ptr(), number.at, f.row_bytes, 80, positions.data_ptr(), num_positions, outs[1][0].data_ptr(),
+        outs[1][1].data_ptr() if scale_bytes else 0, f.scales_at, scale_bytes, words.at, 1, epoch, arrived.at,
+    )  # fmt: skip
+    library.unpack(ctypes.byref(arguments), num_blocks, num_threads)
+    assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
+    assert told.tensor.tolist() == [epoch] and arrived.tensor.tolist() == [0]
