@@ -24,7 +24,7 @@ PIP_vllm-0.33.0 := --no-build-isolation --no-binary vllm
 ENV_vllm-0.33.0 := VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.33.0 PYTHONPATH=$(CURDIR)/build/vllm-build
 
 # What only test-kernels needs, likewise.
-IN_kernels-site := triton==3.9.0 cupy-cuda13x==14.2.0 nvidia-cuda-nvrtc==13.5.37
+IN_kernels-site := triton==3.9.0 cupy-cuda13x==14.2.0 cuda-pathfinder==1.9.0 nvidia-cuda-nvrtc==13.5.37
 
 install = $(foreach folder,$(1), \
     [ "$$(cat build/$(folder)/installed 2>/dev/null)" = "$(IN_$(folder))" ] || { \
@@ -36,7 +36,7 @@ install = $(foreach folder,$(1), \
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest
-CXX_FILES = $(shell find csrc kernels tests/cpp -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES = $(shell find csrc kernels tests/cpp tests/kernels -name '*.[ch]pp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 ifeq ($(origin CXX),default)
 CXX := g++
 endif
@@ -62,7 +62,9 @@ test-clients: ## the frameworks that use this package, and DeepEP's interface
 test-kernels: ## device code, without a device: Triton interpreted and compiled, CUDA compiled (at most 6 minutes)
 	@.dev/setup.sh test
 	@$(call install,kernels-site)
-	@PYTHONPATH=$(CURDIR)/build/kernels-site $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
+	@PYTHONPATH=$(CURDIR)/build/kernels-site \
+	    LD_LIBRARY_PATH=$(CURDIR)/build/kernels-site/nvidia/cu13/lib:$$LD_LIBRARY_PATH \
+	    $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped

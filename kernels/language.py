@@ -11,6 +11,7 @@ NOTE [numbers on the device] `num_tokens` and `num_rows`, where a step takes the
 only so many rows of its inputs count, so that a graph can be replayed with another number. Grids follow the shapes.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -52,14 +53,11 @@ def as_integers(t: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Run `kernel` on the device of its first tensor argument; nothing for an empty grid."""
+    """Run `kernel` on the device of its first CUDA tensor (others may be pinned); nothing for an empty grid."""
     if 0 in grid:
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](*args, **options)
-    else:
+    device = next((a.device for a in args if isinstance(a, Tensor) and a.is_cuda), None)
+    with torch.cuda.device(device) if device else contextlib.nullcontext():
         kernel[grid](*args, **options)
 
 

@@ -69,7 +69,9 @@ def key_of(ids, valid, first_expert, num_experts, experts_per_key, table):
     """int32 key of each id, or −1."""
     ids = ids - first_expert
     valid = valid & (ids >= 0) & (ids < num_experts)
-    key = (tl.where(valid, ids, 0) // experts_per_key).to(tl.int32)
+    key = (
+        tl.where(valid, ids, 0).to(tl.int32) // experts_per_key
+    )  # a 64-bit division would be a call
     if table is not None:
         key = tl.load(table + key, mask=valid, other=-1)
     return tl.where(valid, key, -1)

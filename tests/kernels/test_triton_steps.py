@@ -285,6 +285,20 @@ def test_a_single_plain_term_passes_bit_for_bit(dtype):
         assert torch.equal(bits(out[0]), bits(values))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_sum_starts_with_its_first_term(dtype):
+    """−0.0 + −0.0, and −0.0 times a weight: a sum that started at 0.0 would be 0.0."""
+    memory = torch.zeros(16, dtype=dtype).neg().view(torch.uint8)
+    offsets = torch.tensor([[0, -1, -1, -1], [0, 0, -1, 0], [-1, 0, 0, -1]])
+    for inner in ((0, 0), (1, 3)):
+        for weights in (None, torch.ones(3, 4)):
+            out = torch.empty(3, 16, dtype=dtype)
+            TRITON.reduce(
+                out, memory, offsets, weights=weights, inner_first=inner[0], inner_last=inner[1]
+            )
+            assert out.signbit().all()
+
+
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 def test_rounding_of_every_kind_of_number(dtype):
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)

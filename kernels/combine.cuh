@@ -1,0 +1,192 @@
+// Sums of rows in their stated order, in one kernel, and what tells the reader of them: a command
+// for each link, a commit word for each rank of the node. One kernel for every level of a combine,
+// as kernels/reduce.py: a rank's own copies, the ranks of a node, the nodes; groups of rows that go
+// to a link come first so that the NIC starts early.
+//
+// What a sum is, kernels/reduce.py says, to the bit. Written over a `Block` like dispatch.cuh.
+#pragma once
+
+#include "dispatch.cuh"
+
+namespace moe_comm::combine {
+
+// Rows that lie together in one window (or in the output): sums `first_row`, … of the offsets.
+struct Group {
+  uint8_t* out;
+  int64_t out_stride;  // bytes, a multiple of 16
+  uint64_t first_row, num_rows;
+};
+
+// Everything is 8 bytes wide. Strides in bytes.
+struct Arguments {
+  const uint8_t* memory;   // where the terms lie
+  const int64_t* offsets;  // [n, J] bytes into it, multiples of 16; -1: none
+  const float* weights;    // [n, J], or null
+  const uint8_t* bias;     // [n, W] of the rows' dtype, or null
+  int64_t bias_stride;
+  uint64_t num_terms;  // J
+  uint64_t inner_first, inner_last;
+  uint64_t payload_bytes;  // of a row, a multiple of 16
+  const Group* groups;     // those for links first
+  uint64_t num_links, num_local;
+  const dispatch::Link* links;  // [num_links]
+  uint64_t row_bytes;           // in a link's message
+  Counter* const* commits;      // [num_local] words set to `epoch` (H1); null: no word
+  uint64_t epoch;
+  uint64_t* arrived;  // [2] zero before and after
+  uint64_t* status;   // WaitStatus of the first push that failed
+  DeviceRing ring;
+};
+
+#ifdef __CUDACC__
+// Products and sums are rounded one by one: never fused.
+struct Cta : dispatch::Cta {
+  __device__ float multiply(float a, float b) const { return __fmul_rn(a, b); }
+  __device__ double multiply(double a, double b) const { return __dmul_rn(a, b); }
+  __device__ float add(float a, float b) const { return __fadd_rn(a, b); }
+  __device__ double add(double a, double b) const { return __dadd_rn(a, b); }
+  __device__ float half_to_float(uint16_t bits) const {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+  }
+  __device__ uint16_t float_to_half(float value) const {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+  }
+};
+#endif
+
+// How a row's items are held and added: Bits in memory, Exact in sums.
+struct BFloat16 {
+  using Bits = uint16_t;
+  using Exact = float;
+  template <class Block>
+  MOE_COMM_DEVICE static float exact(const Block&, uint16_t bits) {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    return *reinterpret_cast<const float*>(&wide);
+  }
+  template <class Block>
+  MOE_COMM_DEVICE static uint16_t rounded(const Block&, float value) {  // to nearest, ties to even
+    const uint32_t bits = *reinterpret_cast<const uint32_t*>(&value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  }
+};
+struct Float16 {
+  using Bits = uint16_t;
+  using Exact = float;
+  template <class Block>
+  MOE_COMM_DEVICE static float exact(const Block& block, uint16_t bits) {
+    return block.half_to_float(bits);
+  }
+  template <class Block>
+  MOE_COMM_DEVICE static uint16_t rounded(const Block& block, float value) {
+    return block.float_to_half(value);
+  }
+};
+template <class T>
+struct Itself {
+  using Bits = T;
+  using Exact = T;
+  template <class Block>
+  MOE_COMM_DEVICE static T exact(const Block&, T value) {
+    return value;
+  }
+  template <class Block>
+  MOE_COMM_DEVICE static T rounded(const Block&, T value) {
+    return value;
+  }
+};
+
+// 16 bytes of one sum. `only` is the last term: the result if it is the only one, and plain.
+template <class Type>
+struct Sum {
+  static constexpr int kItems = 16 / sizeof(typename Type::Bits);
+  struct alignas(16) Items {
+    typename Type::Bits item[kItems];
+  };
+  typename Type::Exact total[kItems] = {};
+  Items only = {};
+  uint32_t count = 0;
+  bool plain = true;
+
+  template <class Block>
+  MOE_COMM_DEVICE void add(const Block& block, const Items& term, bool weighted, float weight) {
+    for (int i = 0; i < kItems; ++i) {
+      typename Type::Exact value = Type::exact(block, term.item[i]);
+      if (weighted) value = block.multiply(value, static_cast<typename Type::Exact>(weight));
+      total[i] = count > 0 ? block.add(total[i], value) : value;
+    }
+    only = term;
+    plain = !weighted;
+    ++count;
+  }
+  template <class Block>
+  MOE_COMM_DEVICE Items rounded(const Block& block) const {
+    if (count == 1 && plain) return only;
+    Items out;
+    for (int i = 0; i < kItems; ++i) out.item[i] = Type::rounded(block, total[i]);
+    return out;
+  }
+};
+
+template <class Type, class Block>
+MOE_COMM_DEVICE inline void sum_row(const Block& block, const Arguments& a, uint64_t row,
+                                    uint8_t* out) {
+  using Items = typename Sum<Type>::Items;
+  const int64_t* offsets = a.offsets + row * a.num_terms;
+  const auto add = [&](Sum<Type>& sum, uint64_t j, uint64_t at) {
+    if (offsets[j] < 0) return;
+    const bool weighted = a.weights != nullptr;
+    const float weight = weighted ? a.weights[row * a.num_terms + j] : 0.0f;
+    sum.add(block, *reinterpret_cast<const Items*>(a.memory + offsets[j] + at), weighted, weight);
+  };
+  for (uint64_t at = block.thread() * 16; at < a.payload_bytes; at += block.num_threads() * 16) {
+    Sum<Type> sum;
+    if (a.bias != nullptr) {
+      const uint8_t* bias = a.bias + static_cast<int64_t>(row) * a.bias_stride;
+      sum.add(block, *reinterpret_cast<const Items*>(bias + at), false, 0.0f);
+    }
+    for (uint64_t j = 0; j < a.inner_first; ++j) add(sum, j, at);
+    Sum<Type> inner;
+    for (uint64_t j = a.inner_first; j < a.inner_last; ++j) add(inner, j, at);
+    if (inner.count > 0) sum.add(block, inner.rounded(block), false, 0.0f);
+    for (uint64_t j = a.inner_last; j < a.num_terms; ++j) add(sum, j, at);
+    *reinterpret_cast<Items*>(out + at) = sum.rounded(block);
+  }
+}
+
+template <class Type, class Block>
+MOE_COMM_DEVICE inline bool sum_groups(Block& block, const Arguments& a, const Group* groups,
+                                       uint64_t num_groups, uint64_t* arrived) {
+  for (uint64_t g = 0; g < num_groups; ++g) {
+    for (uint64_t i = block.index(); i < groups[g].num_rows; i += block.num_blocks()) {
+      sum_row<Type>(block, a, groups[g].first_row + i,
+                    groups[g].out + static_cast<int64_t>(i) * groups[g].out_stride);
+    }
+  }
+  return dispatch::is_last(block, arrived);
+}
+
+template <class Type, class Block>
+MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
+  if (sum_groups<Type>(block, a, a.groups, a.num_links, a.arrived)) {
+    for (uint64_t l = block.thread(); l < a.num_links; l += block.num_threads()) {
+      dispatch::push_link(block, a.ring, a.links[l], a.epoch, a.groups[l].num_rows * a.row_bytes,
+                          a.status);
+    }
+  }
+  if (sum_groups<Type>(block, a, a.groups + a.num_links, a.num_local, a.arrived + 1)) {
+    for (uint64_t l = block.thread(); l < a.num_local; l += block.num_threads()) {
+      if (a.commits[l] != nullptr) block.store_release(a.commits[l], a.epoch);  // H1
+    }
+  }
+}
+
+#ifndef __CUDACC_RTC__
+static_assert(sizeof(Arguments) == 18 * 8 + sizeof(DeviceRing) && sizeof(Group) == 32);
+#endif
+
+}  // namespace moe_comm::combine

@@ -1,0 +1,290 @@
+"""The fused kernels as host code (fused_host.cpp), against the torch twins: windows byte for byte, and commands."""
+
+import ctypes
+import os
+import random
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import FLOATS, bits, lanes_of, make_terms, random_bytes, random_topk
+
+from moe_comm.kernels import TORCH
+from moe_comm.layout import DTYPE_CODES, RowFormat
+
+SOURCE = Path(__file__).parent / "fused_host.cpp"
+CXX = shlex.split(os.environ.get("CXX") or "g++")
+FLAGS = [
+    *("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"),
+    *("-Wall", "-Wextra", "-Werror"),
+]
+RING = ["slots", "reserved", "taken_seen", "taken", "abort_word", "num_slots", "timeout_ns"]
+ARGUMENTS = [
+    "x", "x_stride", "payload_bytes", "scales", "scale_token_stride", "scale_stride", "scale_item", "num_scales",
+    "topk_idx", "topk_weights", "topk", "lane_rows", "starts", "num_lanes", "first_token", "last_token", "scales_at",
+    "token_at", "ids_at", "weights_at", "row_bytes", "windows", "lanes", "num_links", "num_local", "links", "commits",
+    "epoch", "arrived", "status",
+]  # fmt: skip
+
+
+COMBINE_ARGUMENTS = [
+    "memory", "offsets", "weights", "bias", "bias_stride", "num_terms", "inner_first", "inner_last", "payload_bytes",
+    "groups", "num_links", "num_local", "links", "row_bytes", "commits", "epoch", "arrived", "status",
+]  # fmt: skip
+
+
+class Ring(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in RING]
+
+
+class Arguments(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ARGUMENTS] + [("ring", Ring)]
+
+
+class CombineArguments(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in COMBINE_ARGUMENTS] + [("ring", Ring)]
+
+
+class ForwardArguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "rows", "num_rows", "row_bytes", "table", "node_ranks", "starts", "windows", "words", "num_words", "epoch",
+            "arrived",
+        )
+    ]  # fmt: skip
+
+
+class UnpackArguments(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "rows", "num_rows", "row_bytes", "payload_bytes", "positions", "num_positions", "out_x", "out_scales",
+            "scales_at", "scale_bytes", "words", "num_words", "epoch", "arrived",
+        )
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if not shutil.which(CXX[0]):
+        pytest.skip(f"no {CXX[0]}")
+    path = tmp_path_factory.mktemp("fused") / "fused_host.so"
+    done = subprocess.run(
+        [*CXX, *FLAGS, str(SOURCE), "-o", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(path))
+
+
+class Words:
+    """Numbers in memory, by address; kept alive."""
+
+    def __init__(self, values, dtype=torch.int64):
+        self.tensor = torch.tensor(values, dtype=dtype)
+        self.at = self.tensor.data_ptr()
+
+
+def new_ring(num_slots, timeout_s=10.0):
+    ticket = 2 * num_slots  # an even lap: zeroed slots are not there yet
+    words = [Words([0] * 2 * num_slots), *(Words([ticket]) for _ in range(3)), Words([0])]
+    return Ring(*(w.at for w in words), num_slots, int(timeout_s * 1e9)), words
+
+
+def take_all(library, ring):
+    """{(channel, epoch, local offset, remote offset, bytes)}."""
+    commands, command = [], (ctypes.c_uint64 * 5)()
+    while library.take(ctypes.byref(ring), command) & 1:
+        commands.append(tuple(command))
+    assert len(set(commands)) == len(commands)
+    return set(commands)
+
+
+@pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (3, 4), (7, 2)])
+@pytest.mark.parametrize("parts", ["ids and weights", "ids and scales", "cached"])
+@pytest.mark.parametrize("capacity", [100, 6])
+def test_send(library, num_blocks, num_threads, parts, capacity):
+    num_tokens, hidden, topk, num_experts, epoch = 19, 40, 3, 16, 0x12345
+    x = random_bytes(num_tokens, 4 * hidden, seed=1).view(torch.int16)[:, :hidden]  # rows with gaps
+    scales = random_bytes(num_tokens, 4 * 5, seed=2).view(torch.float32).t().contiguous().t()
+    idx, weights = random_topk(num_tokens, topk, num_experts), torch.rand(num_tokens, topk)
+    cached, with_scales, with_weights = (
+        parts == "cached",
+        parts != "ids and weights",
+        parts == "ids and weights",
+    )
+    f = RowFormat.of_dispatch(
+        2 * hidden, 20 if with_scales else 0, topk, weights=with_weights, cached=cached
+    )
+    lane_of_rank, num_lanes = lanes_of(8, 2, node=1)
+    routed = TORCH.route(
+        idx, torch.tensor(lane_of_rank, dtype=torch.int32), num_experts=num_experts, num_ranks=8, num_lanes=num_lanes,
+        capacity=capacity,
+    )  # fmt: skip
+    links, local = [2, 4, 5], [0, 1]  # lane 3 is the own node's: nobody's window
+    lanes = Words(links + local, torch.int32)
+    random.seed(7)
+    for round_idx in range(len(routed.round_starts) - 1):
+        first, last = round_idx * capacity, min(num_tokens, (round_idx + 1) * capacity)
+        want = [
+            torch.full((capacity, f.row_bytes), 0xA5, dtype=torch.uint8) for _ in range(num_lanes)
+        ]
+        got = [window.clone() for window in want]
+        for lane in links + local:
+            TORCH.pack(
+                want[lane], x, routed.lane_rows, routed.round_starts[round_idx], scales=scales if with_scales else None,
+                topk_idx=None if cached else idx, topk_weights=weights if with_weights else None, lane=lane,
+                first_token=first, last_token=last, scales_at=f.scales_at, token_at=f.token_at, ids_at=f.ids_at,
+                weights_at=f.weights_at,
+            )  # fmt: skip
+        windows = Words([window.data_ptr() for window in got])
+        link_words = Words([[10 + lane, lane << 4, lane << 8, 256] for lane in links])
+        commit_words = Words([0, 0])
+        commits = Words([commit_words.at, commit_words.at + 8])
+        arrived, status = Words([0, 0]), Words([0])
+        ring, kept = new_ring(4)
+        arguments = Arguments(
+            x.data_ptr(), 2 * x.stride(0), 2 * hidden, scales.data_ptr() if with_scales else 0, 4 * scales.stride(0),
+            4 * scales.stride(1), 4, 5, 0 if cached else idx.data_ptr(), weights.data_ptr() if with_weights else 0,
+            topk, routed.lane_rows.data_ptr(), routed.round_starts[round_idx].data_ptr(), num_lanes, first, last,
+            f.scales_at, f.token_at, f.ids_at, f.weights_at, f.row_bytes, windows.at, lanes.at, len(links), len(local),
+            link_words.at, commits.at, epoch, arrived.at, status.at, ring,
+        )  # fmt: skip
+        library.dispatch_send(ctypes.byref(arguments), num_blocks, num_threads)
+        for lane in range(num_lanes):
+            assert torch.equal(want[lane], got[lane]), f"lane {lane} of round {round_idx}"
+        assert commit_words.tensor.tolist() == [epoch, epoch]
+        assert status.tensor.tolist() == [0] and arrived.tensor.tolist() == [0, 0]
+        starts = routed.round_starts[round_idx : round_idx + 2].tolist()
+        assert take_all(library, arguments.ring) == {
+            (10 + lane, epoch & 0xFFFF, lane << 4, lane << 8, 256 + f.row_bytes * (starts[1][lane] - starts[0][lane]))
+            for lane in links
+        }  # fmt: skip
+        assert kept
+
+
+def test_a_full_ring_is_reported_and_the_node_still_gets_its_rows(library):
+    """No room and nobody takes: bounded, in the status word; the kernel ends normally."""
+    x, rows = torch.zeros(1, 8, dtype=torch.int16), torch.zeros(1, 4, dtype=torch.int32)
+    window = torch.full((4, 16), 7, dtype=torch.uint8)
+    windows, links = Words([window[i].data_ptr() for i in range(4)]), Words([[1, 0, 0, 256]] * 3)
+    commit, status, arrived = Words([0]), Words([0]), Words([0, 0])
+    commits, lanes, starts = (
+        Words([commit.at]),
+        Words([0, 1, 2, 3], torch.int32),
+        Words([0] * 8, torch.int32),
+    )
+    ring, kept = new_ring(2, timeout_s=0.01)
+    arguments = Arguments(
+        x.data_ptr(), 16, 16, 0, 0, 0, 0, 0, 0, 0, 1, rows.data_ptr(), starts.at, 4, 0, 1, 0, 0, 0, 0, 16, windows.at,
+        lanes.at, 3, 1, links.at, commits.at, 5, arrived.at, status.at, ring,
+    )  # fmt: skip
+    library.dispatch_send(ctypes.byref(arguments), 2, 4)
+    assert status.tensor.tolist() == [1], "kWaitTimeout"
+    assert not window.any() and commit.tensor.tolist() == [5] and kept
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "weighted, biased, inner", [(0, 0, (0, 0)), (1, 0, (0, 3)), (0, 1, (1, 4)), (1, 1, (3, 5))]
+)
+@pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (3, 2)])
+def test_combine_send(library, dtype, weighted, biased, inner, num_blocks, num_threads):
+    """Sums into windows of three groups, two for links, bit for bit what reduce's twin makes."""
+    num_rows, width, num_terms, epoch = 21, 24, 5, 77
+    memory, offsets = make_terms(dtype, num_rows, width, num_terms, seed=3)
+    zeros = torch.zeros(width, dtype=dtype).neg().view(torch.uint8)
+    memory = torch.cat([memory, zeros])  # a row of −0.0
+    offsets[2:4] = -1
+    offsets[2, 1] = offsets[3, 3] = offsets[3, 4] = len(memory) - len(zeros)
+    weights = torch.rand(num_rows, num_terms) if weighted else None
+    bias = torch.randn(num_rows, 2 * width).to(dtype)[:, :width] if biased else None
+    want = torch.empty(num_rows, width, dtype=dtype)
+    TORCH.reduce(
+        want, memory, offsets, weights=weights, bias=bias, inner_first=inner[0], inner_last=inner[1]
+    )
+    item, row_bytes = dtype.itemsize, width * dtype.itemsize + 32
+    window = torch.full((num_rows, row_bytes), 0xA5, dtype=torch.uint8)
+    groups = Words(
+        [[window[first].data_ptr(), row_bytes, first, n] for first, n in ((0, 4), (4, 0), (4, 17))]
+    )
+    links = Words([[7, 16, 32, 256], [8, 48, 64, 256]])
+    commit, status, arrived = Words([0]), Words([0]), Words([0, 0])
+    commits = Words([commit.at])
+    ring, kept = new_ring(4)
+    arguments = CombineArguments(
+        memory.data_ptr(), offsets.data_ptr(), weights.data_ptr() if weighted else 0, bias.data_ptr() if biased else 0,
+        2 * width * item, num_terms, *inner, width * item, groups.at, 2, 1, links.at, row_bytes, commits.at, epoch,
+        arrived.at, status.at, ring,
+    )  # fmt: skip
+    library.combine_send(ctypes.byref(arguments), DTYPE_CODES[dtype], num_blocks, num_threads)
+    got = window[:, : width * item].view(dtype)
+    assert torch.equal(bits(got), bits(want)) and (window[:, width * item :] == 0xA5).all()
+    assert commit.tensor.tolist() == [epoch] and status.tensor.tolist() == [0] and kept
+    assert arrived.tensor.tolist() == [0, 0]
+    assert take_all(library, arguments.ring) == {
+        (7, 77, 16, 32, 256 + 4 * row_bytes),
+        (8, 77, 48, 64, 256),
+    }
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 17])
+@pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (4, 3)])
+def test_forward(library, num_rows, num_blocks, num_threads):
+    """Rows behind `num_rows` are not passed on, whatever the table says."""
+    node_ranks, row_bytes, epoch = 3, 112, 9
+    rows = random_bytes(num_rows + 4, row_bytes, seed=4)
+    g = torch.Generator().manual_seed(num_rows)
+    hits = torch.rand(num_rows + 4, node_ranks, generator=g) < 0.6
+    starts = torch.tensor([5, 0, 40], dtype=torch.int32)
+    table = torch.where(hits, hits.cumsum(0, dtype=torch.int32) - 1 + starts, -1)
+    want = torch.full((node_ranks, num_rows + 1, row_bytes), 0xA5, dtype=torch.uint8)
+    got = want.clone()
+    for local in range(node_ranks):
+        TORCH.forward(want[local], rows[:num_rows], table[:num_rows], starts, local=local)
+    windows, told = Words([got[local].data_ptr() for local in range(node_ranks)]), Words([0, 0, 0])
+    words, number, arrived = (
+        Words([told.at + 8 * i for i in range(3)]),
+        Words([num_rows], torch.int32),
+        Words([0]),
+    )
+    arguments = ForwardArguments(
+        rows.data_ptr(), number.at, row_bytes, table.data_ptr(), node_ranks, starts.data_ptr(), windows.at, words.at, 3,
+        epoch, arrived.at,
+    )  # fmt: skip
+    library.forward(ctypes.byref(arguments), num_blocks, num_threads)
+    assert torch.equal(got, want)
+    assert told.tensor.tolist() == [epoch] * 3 and arrived.tensor.tolist() == [0]
+
+
+@pytest.mark.parametrize("num_rows, num_positions", [(0, 1), (1, 3), (17, 1), (17, 4)])
+@pytest.mark.parametrize("scale_bytes", [0, 7, 20])
+@pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (4, 3)])
+def test_unpack(library, num_rows, num_positions, scale_bytes, num_blocks, num_threads):
+    f = RowFormat.of_dispatch(80, scale_bytes, 2, weights=True)
+    rows = random_bytes(num_rows + 3, f.row_bytes, seed=6)
+    num_places, epoch = 90, 11
+    places = torch.randperm(num_places, generator=torch.Generator().manual_seed(1)).int()
+    positions = places[: (num_rows + 3) * num_positions].view(num_rows + 3, num_positions)
+    positions = torch.where(positions % 4 == 0, -1, positions)
+    x, scales = (
+        torch.full((num_places, 40), -3, dtype=torch.int16),
+        torch.ones(num_places, scale_bytes),
+    )
+    outs = [(x.clone(), scales.to(torch.uint8)) for _ in range(2)]
+    TORCH.unpack(
+        outs[0][0], rows[:num_rows], positions[:num_rows], out_scales=outs[0][1] if scale_bytes else None,
+        scales_at=f.scales_at,
+    )  # fmt: skip
+    told, number, arrived = Words([0]), Words([num_rows], torch.int32), Words([0])
+    words = Words([told.at])
+    arguments = UnpackArguments(
+        rows.data_ptr(), number.at, f.row_bytes, 80, positions.data_ptr(), num_positions, outs[1][0].data_ptr(),
+        outs[1][1].data_ptr() if scale_bytes else 0, f.scales_at, scale_bytes, words.at, 1, epoch, arrived.at,
+    )  # fmt: skip
+    library.unpack(ctypes.byref(arguments), num_blocks, num_threads)
+    assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
+    assert told.tensor.tolist() == [epoch] and arrived.tensor.tolist() == [0]
