@@ -55,7 +55,7 @@ test-kernels: ## device code, without a device: Triton interpreted and compiled,
 	    $(BIN)/python -m pip install -q --no-deps --target $(COMPILERS_IN) $(COMPILERS) && \
 	    echo "$(COMPILERS)" >$(COMPILERS_IN)/installed; } || \
 	    echo "test-kernels: they cannot be installed here; tests that need them will be skipped" >&2
-	@PYTHONPATH=$(COMPILERS_IN) LD_LIBRARY_PATH=$(COMPILERS_IN)/nvidia/cu13/lib:$$LD_LIBRARY_PATH \
+	@PYTHONPATH=$(COMPILERS_IN) LD_LIBRARY_PATH=$(COMPILERS_IN)/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
 	    $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
