@@ -63,7 +63,7 @@ test-kernels: ## device code, without a device: Triton interpreted and compiled,
 	@.dev/setup.sh test
 	@$(call install,kernels-site)
 	@PYTHONPATH=$(CURDIR)/build/kernels-site \
-	    LD_LIBRARY_PATH=$(CURDIR)/build/kernels-site/nvidia/cu13/lib:$$LD_LIBRARY_PATH \
+	    LD_LIBRARY_PATH=$(CURDIR)/build/kernels-site/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
 	    $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)

@@ -20,6 +20,7 @@ MAX_REGISTERS = 128  # of 255: four CTAs of 128 threads on an SM, whatever else 
 @pytest.fixture(scope="module")
 def compiled(request):
     """[{kernel, arch, unit, …}], the lines of launches.py. Its results are kept in pytest's cache."""
+    pytest.importorskip("triton", reason="Triton is not installed (make test-kernels installs it)")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     cache = request.config.cache.mkdir("triton")
     command = [sys.executable, str(SCRIPT), str(cache), *map(str, ARCHITECTURES)]

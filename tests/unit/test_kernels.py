@@ -5,6 +5,9 @@ The C++ loops that live inside an exchange (forward, unpack) are compared in tes
 
 import dataclasses
 import inspect
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -558,3 +561,18 @@ def test_triton_steps_have_their_twins_signatures():
     for name, step in TRITON._asdict().items():
         if name != "name":
             assert inspect.signature(step) == inspect.signature(getattr(TORCH, name)), name
+
+
+def test_without_triton_its_kernels_say_so():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch; from moe_comm.kernels import TORCH, TRITON\n"
+        "TORCH.lane_columns(torch.zeros(3), torch.zeros(1, 2, dtype=torch.int32))\n"
+        "TRITON.lane_columns(torch.zeros(3), torch.zeros(1, 2, dtype=torch.int32))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert "ImportError: gather_columns: expected Triton to be installed" in done.stderr, (
+        done.stderr
+    )
