@@ -1,5 +1,6 @@
 """moe_comm inside other people's frameworks: one file per framework, imported only when asked for.
 
-Importing this package imports no framework. Each module raises ImportError with the version it needs when the
-framework is missing or too old.
+Importing this package imports no framework. transformers, megatron and torchtitan raise ImportError with the version
+they need when the framework is missing or too old, and share buffers.py. vllm and sglang are plug-ins, which those
+frameworks find themselves; they import neither.
 """
