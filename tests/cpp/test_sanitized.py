@@ -18,7 +18,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
-ENGINE = ["proxy.cpp", "memory.cpp", "backends/shm.cpp", "backends/chaos.cpp"]
+ENGINE = ["proxy.cpp", "proxy_calls.cpp", "memory.cpp", "backends/shm.cpp", "backends/chaos.cpp"]
 PROGRAMS = {"proxy": ENGINE, "peers": ENGINE, "rows": ["rows.cpp"], "ring": [], "counter": []}
 SANITIZERS = {
     # -Wtsan: it does not see fences. Our words order what is behind them by acquire and release.
