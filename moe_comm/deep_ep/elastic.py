@@ -33,7 +33,7 @@ from .events import EventHandle, EventOverlap, wait_for_event
 from .handle import EPHandle
 from .legacy import CpuStream
 from .normal import check_topk_idx
-from .refuse import or_refuse
+from .refuse import or_refuse, or_tell
 from .routes import Routes, check_again
 
 SIZE_ALIGNMENT = 2 << 20  # of num_bytes
@@ -77,13 +77,18 @@ class ElasticBuffer:
         num_gpu_timeout_secs: float = 100,
         explicitly_destroy: bool = False,
     ) -> None:
-        if num_bytes is None and not (num_max_tokens_per_rank > 0 and hidden > 0):
-            raise wrong("num_bytes", "an int, or num_max_tokens_per_rank and hidden", None)
-        if num_bytes is None:
-            num_bytes = self.get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk)
-        if not (isinstance(num_bytes, int) and num_bytes > 0 and num_bytes % SIZE_ALIGNMENT == 0):
-            raise wrong("num_bytes", f"a multiple of {SIZE_ALIGNMENT} bytes", num_bytes)
         self._group = EPGroup.of(group)
+        with or_tell(self._group):
+            if num_bytes is None and not (num_max_tokens_per_rank > 0 and hidden > 0):
+                raise wrong("num_bytes", "an int, or num_max_tokens_per_rank and hidden", None)
+            if num_bytes is None:
+                num_bytes = self.get_buffer_size_hint(
+                    group, num_max_tokens_per_rank, hidden, num_topk
+                )
+            if not (
+                isinstance(num_bytes, int) and num_bytes > 0 and num_bytes % SIZE_ALIGNMENT == 0
+            ):
+                raise wrong("num_bytes", f"a multiple of {SIZE_ALIGNMENT} bytes", num_bytes)
         self.group = group
         self.rank_idx, self.num_ranks = self._group.rank, self._group.num_ranks
         self.num_bytes, self.num_max_tokens_per_rank = num_bytes, num_max_tokens_per_rank

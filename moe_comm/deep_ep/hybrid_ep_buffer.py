@@ -23,7 +23,7 @@ from ..errors import ArgumentError
 from ..group import EPGroup
 from ..layout import RowFormat
 from .normal import check_topk_idx
-from .refuse import or_refuse
+from .refuse import or_refuse, or_tell
 from .routes import Routes, check_again
 
 TOKEN_ALIGNMENT = 16  # of the tokens per rank that a configuration is for
@@ -140,15 +140,16 @@ class HybridEPBuffer:
         num_of_hybrid_ep_ranks_per_nvlink_domain: int | None = None,
         use_mnnvl: bool | None = None,
     ) -> None:
-        for name, value in (
-            ("hidden_dim", hidden_dim),
-            ("max_num_of_tokens_per_rank", max_num_of_tokens_per_rank),
-            ("num_local_experts", num_local_experts),
-        ):
-            if not (isinstance(value, int) and value > 0):
-                raise wrong(name, "an int > 0", value)
         self.group = group
         self._group = EPGroup.of(group)
+        with or_tell(self._group):
+            for name, value in (
+                ("hidden_dim", hidden_dim),
+                ("max_num_of_tokens_per_rank", max_num_of_tokens_per_rank),
+                ("num_local_experts", num_local_experts),
+            ):
+                if not (isinstance(value, int) and value > 0):
+                    raise wrong(name, "an int > 0", value)
         self.rank, self.group_size = self._group.rank, self._group.num_ranks
         num_ranks = self.group_size
         row = RowFormat.of_dispatch(2 * hidden_dim, 0, USUAL_TOPK, weights=True)

@@ -11,6 +11,7 @@ from ..buffer import Buffer
 from ..combine import CombineRequest, PendingCombine
 from ..dispatch import COMBINE, DispatchRequest, PendingDispatch
 from ..errors import ArgumentError, PeerError
+from ..group import EPGroup
 
 WRONG = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
 """What wrong arguments raise here, or in torch."""
@@ -33,6 +34,22 @@ def or_refuse(buffer: Buffer, kind: int) -> Iterator[None]:
         text = str(error) or type(error).__name__
         take_part(buffer, kind, text)
         raise ArgumentError(text) from None
+
+
+@contextlib.contextmanager
+def or_tell(group: EPGroup) -> Iterator[None]:
+    """Around the checks of a constructor, before there is a Buffer: an error inside raises on all ranks, as above."""
+    error = None
+    try:
+        yield
+    except WRONG as caught:
+        error = ArgumentError(str(caught) or type(caught).__name__)
+    told = group.gather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, text in enumerate(told):
+        if text is not None:
+            raise PeerError(f"rank {rank} raised: {text}")
 
 
 def take_part(buffer: Buffer, kind: int, text: str) -> PeerError | None:

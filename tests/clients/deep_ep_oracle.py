@@ -44,6 +44,7 @@ def make_case(tokens, *, seed=0, hidden=64, topk=3, num_experts=8, dtype=torch.b
         xs.append(torch.randn(t, hidden, generator=g).to(dtype))
         ids = torch.rand(t, num_experts, generator=g).argsort(1)[:, :topk]
         idx.append(torch.where(torch.rand(ids.shape, generator=g) < none, -1, ids))
+        idx[-1][3:4] = -1  # a token of nobody
         weights.append(torch.rand(t, topk, generator=g))
     return Case(xs, idx, weights, num_experts)
 

@@ -181,6 +181,39 @@ def test_elastic_combine(world):
     world(check_elastic_combine)
 
 
+# --- constructors --------------------------------------------------------------------------------
+
+
+def check_constructors(rank, group, num_ranks, store):
+    process_group = open_gloo(rank, num_ranks, store)
+    elastic = {
+        "group": process_group,
+        "num_max_tokens_per_rank": M,
+        "hidden": HIDDEN,
+        "num_topk": TOPK,
+    }
+
+    def works():
+        buffer = deep_ep.ElasticBuffer(**elastic)
+        buffer.barrier()
+
+    refused = Checks(rank, deep_ep.ElasticBuffer, elastic, works).refused
+    refused("num_bytes: expected an int, or", hidden=0)
+    refused("num_bytes: expected a multiple", num_bytes=1 << 20)
+    refused("hidden: expected an int", hidden=64.5)
+    refused(DIFFERS, hidden=2 * HIDDEN)
+    hybrid = {"group": process_group, "hidden_dim": HIDDEN, "max_num_of_tokens_per_rank": M}
+    hybrid["num_local_experts"] = EXPERTS // num_ranks
+    refused = Checks(rank, deep_ep.HybridEPBuffer, hybrid, works).refused
+    refused("hidden_dim: expected", hidden_dim=0)
+    refused("max_num_of_tokens_per_rank: expected", max_num_of_tokens_per_rank=None)
+    refused("num_local_experts: expected", num_local_experts="8")
+
+
+def test_constructors(world):
+    world(check_constructors)
+
+
 # --- HybridEPBuffer ------------------------------------------------------------------------------
 
 
