@@ -58,6 +58,8 @@ std::vector<uint64_t> starts_of(uint32_t num_slots) {
 
 // --- by host threads -----------------------------------------------------------------------------
 
+void nap() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }  // there may be one core
+
 struct Host {  // what Device is for CUDA
   uint64_t fetch_add(uint64_t* word) {
     return std::atomic_ref(*word).fetch_add(1, std::memory_order_relaxed);
@@ -82,39 +84,42 @@ struct Host {  // what Device is for CUDA
                std::chrono::steady_clock::now().time_since_epoch())
         .count();
   }
-  void pause() { std::this_thread::yield(); }
+  void pause() { nap(); }
   unsigned turn = 0;
 };
 
 void threads() {
-  constexpr uint32_t kProducers = 4, kCommands = 5000;
+  constexpr uint32_t kProducers = 4;
   for (const uint32_t num_slots : {1u, 4u, 64u}) {
+    // one slot: every command waits for the scheduler
+    const uint32_t num_commands = num_slots == 1 ? 100 : 1000;
     for (const uint64_t start : starts_of(num_slots)) {
       Memory memory(num_slots, start);
       const DeviceRing ring = memory.ring(20'000'000'000);
-      std::vector<uint64_t> payload(kProducers * kCommands);  // plain stores, ordered by the push
+      std::vector<uint64_t> payload(kProducers *
+                                    num_commands);  // plain stores, ordered by the push
       std::vector<std::thread> producers;
       for (uint32_t p = 0; p < kProducers; ++p) {
         producers.emplace_back([&, p] {
           Host host;
-          for (uint32_t seq = 0; seq < kCommands; ++seq) {
-            payload[p * kCommands + seq] = seq + 1;
+          for (uint32_t seq = 0; seq < num_commands; ++seq) {
+            payload[p * num_commands + seq] = seq + 1;
             CHECK(ring::push(host, ring, command_of(p, seq)) == kWaitOk);
           }
         });
       }
       RingConsumer consumer(&memory.control, memory.slots.data(), num_slots);
       std::vector<uint32_t> next(kProducers, 0);
-      for (uint32_t taken = 0; taken < kProducers * kCommands;) {
+      for (uint32_t taken = 0; taken < kProducers * num_commands;) {
         const auto transfer = consumer.take();
         if (!transfer) {
-          std::this_thread::yield();
+          nap();
           continue;
         }
         const uint32_t p = transfer->channel;
         CHECK(p < kProducers && same(*transfer, command_of(p, next[p])),
               "slots: " + std::to_string(num_slots));
-        CHECK(payload[p * kCommands + next[p]] == next[p] + 1, "H2: the row behind the command");
+        CHECK(payload[p * num_commands + next[p]] == next[p] + 1, "H2: the row behind the command");
         ++next[p];
         ++taken;
       }

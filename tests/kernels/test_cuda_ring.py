@@ -10,6 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parent / "ring_host.cpp"
 CXX = shlex.split(os.environ.get("CXX") or "g++")
+pytestmark = pytest.mark.timeout(300)  # on a busy machine; each program gets 110 s
 FLAGS = ["-std=c++20", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Werror"]
 
 
