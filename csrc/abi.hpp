@@ -157,9 +157,9 @@ using Counter =
 
 // NOTE [heartbeat word] count · 4 | state. Written by the rank itself (into its own control block,
 // and into the one of each link peer), so a reader learns in one load whether it lives and whether
-// it said goodbye or gave up. The word behind it (the blame word) holds 1 + the rank that it gave up
-// on; 0: none. Stored before the state, so that who waits for a rank that gave up can say whom it
-// really misses.
+// it said goodbye or gave up. The word behind it (the blame word) holds 1 + the rank that it gave
+// up on; 0: none. Stored before the state, so that who waits for a rank that gave up can say whom
+// it really misses.
 enum RankState : uint64_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 
 #ifndef __CUDACC_RTC__

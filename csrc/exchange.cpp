@@ -7,8 +7,10 @@
 
 namespace moe_comm {
 namespace {
-constexpr double kSlice = 0.05;   // seconds between looks at the peer waited for
-constexpr uint64_t kBeatAt = 64;  // offset of the own heartbeat word; the doorbell lies at 0
+constexpr double kSlice = 0.05;       // seconds between looks at the peer waited for
+constexpr double kClosedGrace = 1.0;  // seconds for the last writes of a rank that said goodbye
+constexpr double kFailedGrace = 0.5;  // and of one that gave up: its peers are to know in time
+constexpr uint64_t kBeatAt = 64;      // offset of the own heartbeat word; the doorbell lies at 0
 constexpr uint64_t kBlameAt = sizeof(Counter);  // of the blame word, from a heartbeat word
 }  // namespace
 
@@ -385,8 +387,8 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
   const bool cut =
       linked && engine_.proxy().peer_state(links_[rank].engine_peer) == PeerState::kLost;
   // A rank that left may still have sent what we wait for: give its last writes a moment to land.
-  const double grace_s = linked && !cut ? 1.0 : 0.0;
   const uint64_t state = beat & 15u;
+  const double grace_s = !linked || cut ? 0.0 : state & kFailed ? kFailedGrace : kClosedGrace;
   if (state != kAlive && rank != shape_.rank && seconds_since(seen.at) >= grace_s) {
     const uint64_t blamed = state & kFailed ? blamed_by(rank) : 0;
     blame(blamed ? static_cast<uint32_t>(blamed - 1) : rank);
