@@ -29,7 +29,7 @@ constexpr uint32_t kAbiVersion = 1;
 constexpr uint32_t kRowAlignment =
     16;  // every row, offset and length of the exchange is a multiple of this
 constexpr uint32_t kHeaderBytes = 256;      // in front of the counts and rows of every window
-constexpr uint32_t kHeaderTextBytes = 168;  // an error's text, cut, zero-terminated
+constexpr uint32_t kHeaderTextBytes = 160;  // an error's text, cut, zero-terminated
 constexpr uint32_t kNumBanks = 2;           // every window exists twice: even and odd epochs
 
 // --- the ring ------------------------------------------------------------------------------------
@@ -113,6 +113,7 @@ enum HeaderStatus : uint32_t {
   kHeaderError = 1,    // the sender's arguments were wrong; its text says which
   kHeaderMissing = 2,  // a forwarder's verdict: `origin` sent nothing before the deadline
   kHeaderLost = 3,     // likewise: `origin` died
+  kHeaderDamaged = 4,  // likewise: the header that came from `origin` is not what anybody wrote
 };
 
 // What every rank must pass alike to one call. Compared field by field, so that an error names the
@@ -146,6 +147,7 @@ struct Header {
   Agreed agreed;        // of the rank that wrote the window
   uint64_t routing;  // fresh dispatch, first round: digest of the source's topk_idx; all together
                      // name the dispatch
+  uint64_t check;  // digest of the other fields; a reader that finds another believes none of them
   char text[kHeaderTextBytes];
 };
 
@@ -167,7 +169,7 @@ static_assert(sizeof(Command) == 16);
 static_assert(sizeof(Immediate) == 4);
 static_assert(sizeof(Agreed) == 40);
 static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, agreed) == 40 &&
-              offsetof(Header, text) == 88);
+              offsetof(Header, text) == 96);
 #endif
 
 }  // namespace moe_comm

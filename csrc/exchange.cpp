@@ -12,7 +12,24 @@ constexpr double kClosedGrace = 1.0;  // seconds for the last writes of a rank t
 constexpr double kFailedGrace = 0.5;  // and of one that gave up: its peers are to know in time
 constexpr uint64_t kBeatAt = 64;      // offset of the own heartbeat word; the doorbell lies at 0
 constexpr uint64_t kBlameAt = sizeof(Counter);  // of the blame word, from a heartbeat word
+
+uint64_t digest_of(const Header& header) {
+  constexpr size_t kWords = sizeof(Header) / sizeof(uint64_t);
+  constexpr size_t kCheckWord = offsetof(Header, check) / sizeof(uint64_t);
+  uint64_t words[kWords], digest = 0xcbf29ce484222325;
+  std::memcpy(words, &header, sizeof words);
+  words[kCheckWord] = 0;
+  for (const uint64_t word : words) {
+    digest = (digest ^ word) * 0x9e3779b97f4a7c15;
+    digest ^= digest >> 29;
+  }
+  return digest;
+}
 }  // namespace
+
+void seal(Header& header) { header.check = digest_of(header); }
+
+bool is_sealed(const Header& header) { return header.check == digest_of(header); }
 
 // --- construction --------------------------------------------------------------------------------
 
@@ -370,6 +387,11 @@ std::string Exchange::name_of(uint32_t rank) const {
   return "rank " + std::to_string(rank) + " (node " + std::to_string(shape_.node_of[rank]) + ")";
 }
 
+Status Exchange::damaged(uint32_t writer) const {
+  return {Code::kTransport, "the header in the window of " + name_of(writer) +
+                                " is damaged: its digest is not that of its fields"};
+}
+
 Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start) {
   const uint32_t rank = waited.rank;
   const double waited_s = seconds_since(start);
@@ -394,9 +416,7 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
     blame(blamed ? static_cast<uint32_t>(blamed - 1) : rank);
     std::string why = " closed its Buffer";
     if (state & kFailed) why = " gave up after a fault of its own";
-    if (blamed == shape_.rank + 1) why = " gave up on this rank";
-    if (blamed && blamed != shape_.rank + 1)
-      why = " gave up on " + name_of(static_cast<uint32_t>(blamed - 1));
+    if (blamed) why = " gave up on " + name_of(static_cast<uint32_t>(blamed - 1));
     return {Code::kPeerLost, describe(waited, waited_s) + ": " + who + why};
   }
   if (cut) {

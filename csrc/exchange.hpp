@@ -31,6 +31,9 @@
 
 namespace moe_comm {
 
+void seal(Header& header);  // the last thing before it is copied into a window
+bool is_sealed(const Header& header);
+
 // Offsets into the window segment, the same on every rank. Made by moe_comm/layout.py, which
 // explains them.
 struct WindowOffsets {
@@ -228,6 +231,7 @@ class Exchange {
   Status wait(Counter& word, uint64_t target, const Waited& waited);
   Status look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start);
   std::string name_of(uint32_t rank) const;
+  Status damaged(uint32_t writer) const;
   void blame(uint32_t rank);
   std::string describe(const Waited& waited, double seconds) const;
 

@@ -47,8 +47,14 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
   const uint32_t source = rail_peer(node), G = shape_.node_ranks, K = call.format.topk;
   const uint32_t L = num_local_experts(call);
   const std::byte* window = link_window(node, epoch);
-  const Header header = arrival.ok() ? *reinterpret_cast<const Header*>(window)
-                                     : verdict(call, epoch, source, arrival);
+  Header header{};
+  Status found = arrival;
+  if (found.ok()) {
+    header = *reinterpret_cast<const Header*>(window);
+    if (!is_sealed(header)) found = damaged(source);
+    if (!found.ok()) blame(source);
+  }
+  if (!found.ok()) header = verdict(call, epoch, source, found);
   const bool readable = header.status == kHeaderOk && call.error.ok() && header.kind == kDispatch &&
                         std::memcmp(&header.agreed, &call.agreed, sizeof(Agreed)) == 0;
   std::vector<uint32_t> here(G, 0);  // rows of this round for each local rank
@@ -106,6 +112,7 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
       passed.total_rows = counts[0];
       std::memcpy(window_of + kHeaderBytes, counts + 1, L * sizeof(uint32_t));
     }
+    seal(passed);
     std::memcpy(window_of, &passed, sizeof passed);
     commit(reader, source, epoch);
   }
@@ -129,6 +136,8 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
       const Waited waited{&call, epoch, writer, "results"};
       Status status = wait(commit_word(base_, epoch, index), epoch, waited);
       windows[g] = slot(base_, index, epoch);
+      if (status.ok() && !is_sealed(*reinterpret_cast<const Header*>(windows[g])))
+        blame(writer), status = damaged(writer);
       const Header& from = *reinterpret_cast<const Header*>(windows[g]);
       const uint32_t rounds = std::max(header.rounds, status.ok() ? from.rounds : 0);
       if (header.status == kHeaderOk) {
@@ -173,6 +182,7 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
       }
       header.rows = to - from;
     }
+    seal(header);
     std::memcpy(out, &header, sizeof header);
     const size_t num_bytes = kHeaderBytes + header.rows * row_bytes;
     if (Status status = push(link, epoch, num_bytes); !status.ok()) return status;

@@ -44,10 +44,16 @@ std::string difference(const Agreed& theirs, const Agreed& mine) {
 // Keeps the first error found, in slot order, so that every rank blames the same peer where it can.
 void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, uint32_t source) {
   if (!call.failure.ok()) return;
-  const std::string who = "rank " + std::to_string(header.origin);
   const std::string phase = std::string(call.kind == kDispatch ? "dispatch" : "combine") +
                             " epoch " + std::to_string(epoch) + ": ";
+  if (!is_sealed(header) || header.origin >= shape_.num_ranks) {
+    blame(source);
+    call.failure = damaged(source).with_prefix(phase);
+    return;
+  }
+  const std::string who = name_of(header.origin);
   if (header.epoch != epoch || header.version != kAbiVersion) {
+    blame(source);
     call.failure = {Code::kTransport, phase + "window of rank " + std::to_string(source) +
                                           ": expected epoch " + std::to_string(epoch) + ", found " +
                                           std::to_string(header.epoch)};
@@ -61,10 +67,14 @@ void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, ui
   } else if (header.status == kHeaderMissing) {
     blame(header.origin);
     call.failure = {Code::kPeerTimeout,
-                    phase + who + " is missing; its forwarder says: " + header.text};
+                    phase + who + " is missing; a forwarder says: " + header.text};
   } else if (header.status == kHeaderLost) {
     blame(header.origin);
-    call.failure = {Code::kPeerLost, phase + who + " is lost; its forwarder says: " + header.text};
+    call.failure = {Code::kPeerLost, phase + who + " is lost; a forwarder says: " + header.text};
+  } else if (header.status == kHeaderDamaged) {
+    blame(header.origin);
+    call.failure = {Code::kTransport,
+                    phase + who + " sent something else; a forwarder says: " + header.text};
   } else if (call.error.ok()) {
     if (const std::string what = difference(header.agreed, call.agreed); !what.empty()) {
       call.failure = {Code::kMismatch, phase + who + " disagrees in " + what};
@@ -97,6 +107,7 @@ Status Exchange::wait_headers(Call& call) {
     const std::byte* window = slot(base_, source, epoch);
     const Header& header = header_of(window);
     check_header(call, header, epoch, source);
+    if (call.failure.code() == Code::kTransport) continue;
     call.num_rounds = std::max(call.num_rounds, header.rounds);
     if (!fresh || !call.failure.ok()) continue;
     call.tokens_of[source] = header.tokens;
@@ -118,7 +129,8 @@ Status Exchange::wait_headers(Call& call) {
         return status;
       const Header& header = header_of(link_window(n, epoch));
       check_header(call, header, epoch, rail_peer(n));
-      call.num_rounds = std::max(call.num_rounds, header.rounds);
+      if (call.failure.code() != Code::kTransport)
+        call.num_rounds = std::max(call.num_rounds, header.rounds);
     }
   }
   return {};
@@ -205,7 +217,7 @@ Status Exchange::receive(Call& call, uint32_t round) {
   const Waited waited{&call, epoch, shape_.rank, "own forwarder"};
   if (Status status = wait(forwarded_until_, epoch, waited); !status.ok()) return status;
   release(epoch);
-  return {};
+  return call.failure.code() == Code::kTransport ? call.failure : Status();  // not to be trusted on
 }
 
 // What a handle promises of a rank that is absent now: rows of zeros.

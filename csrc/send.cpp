@@ -66,12 +66,15 @@ Header Exchange::make_header(const Call& call, uint64_t epoch) const {
   return header;
 }
 
-// A forwarder's header on behalf of a rank that did not deliver.
+// A forwarder's header on behalf of a rank that did not deliver; it blames whom that rank blames.
 Header Exchange::verdict(const Call& call, uint64_t epoch, uint32_t origin,
                          const Status& why) const {
   Header header = make_header(call, epoch);
-  header.status = why.code() == Code::kPeerTimeout ? kHeaderMissing : kHeaderLost;
+  header.status = why.code() == Code::kPeerTimeout ? kHeaderMissing
+                  : why.code() == Code::kTransport ? kHeaderDamaged
+                                                   : kHeaderLost;
   header.origin = origin;
+  if (const uint64_t blamed = blamed_.load()) header.origin = static_cast<uint32_t>(blamed - 1);
   header.tokens = 0;
   set_text(header, why.text());
   return header;
@@ -179,6 +182,7 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
       write_counts(call, window + kHeaderBytes, rank);
       header.total_rows = call.routes.rank_counts[rank];
     }
+    seal(header);
     std::memcpy(window, &header, sizeof header);
     return header.rows;
   };
@@ -267,6 +271,7 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
         }
       }
     }
+    seal(header);
     std::memcpy(window, &header, sizeof header);
     return header.rows;
   };

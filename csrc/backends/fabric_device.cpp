@@ -150,6 +150,7 @@ void disable_registration_cache() {
 
 Result<FabricLibrary> FabricLibrary::load() {
   disable_registration_cache();
+  const KeepSignals keep;  // libraries behind it (psm) take them over as they are loaded
   void* handle = dlopen("libfabric.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (handle == nullptr) {
     return Status(

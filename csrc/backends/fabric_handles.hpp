@@ -72,7 +72,8 @@ class KeepSignals {
   KeepSignals(const KeepSignals&) = delete;
 
  private:
-  static constexpr std::array kSignals{SIGINT, SIGTERM, SIGSEGV, SIGBUS};
+  static constexpr std::array kSignals{SIGHUP, SIGINT, SIGQUIT, SIGILL, SIGTRAP, SIGABRT,
+                                       SIGBUS, SIGFPE, SIGSEGV, SIGTERM, SIGUSR1, SIGUSR2};
   std::array<struct sigaction, kSignals.size()> saved_{};
 };
 

@@ -4,6 +4,7 @@ Four ranks as two nodes. Rank 3 is the one that something happens to.
 """
 
 import contextlib
+import json
 import mmap
 import os
 import pathlib
@@ -15,7 +16,6 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "ep"))
 
-import torch
 from cases import check_dispatched, dispatch, expected, make_case, same
 from test_generations import _without
 
@@ -33,28 +33,48 @@ SMALL = (6, 9, 0, 5)  # tokens of each rank
 class Job:
     """One rank's Buffer, and what its calls must return. `phase`: the call that the fault meets."""
 
-    def __init__(self, rank, group, backend, hops, phase, *, tokens=SMALL, hidden=64, timeout_s=TIMEOUT_S, **options):
+    def __init__(
+        self,
+        rank,
+        group,
+        backend,
+        hops,
+        phase,
+        *,
+        tokens=SMALL,
+        hidden=64,
+        timeout_s=TIMEOUT_S,
+        **options,
+    ):
         self.rank, self.group, self.phase, self.hops = rank, group, phase, hops
         self.backend = backend
         self.deadline_s = min(timeout_s, float(os.environ.get("MOE_COMM_SILENCE_S", timeout_s)))
         moe_comm._engine.Engine(transport=backend).stop()  # libraries keep something open
         self.open = open_things()
-        self.case = make_case(NUM_RANKS, tokens=tokens, hidden=hidden, topk=8, num_experts=8, none=0.1)
-        self.small = make_case(NUM_RANKS, seed=1, tokens=SMALL, hidden=hidden, topk=8, num_experts=8, none=0.1)
+        self.case = make_case(
+            NUM_RANKS, tokens=tokens, hidden=hidden, topk=8, num_experts=8, none=0.1
+        )
+        self.small = make_case(
+            NUM_RANKS, seed=1, tokens=SMALL, hidden=hidden, topk=8, num_experts=8, none=0.1
+        )
         self.buffer = moe_comm.Buffer(
             group, hidden=hidden, topk=8, num_experts=8, hops=hops, transport=backend, ranks_per_node=RANKS_PER_NODE,
             max_tokens=max(*tokens, *SMALL), timeout_s=timeout_s, **options,
         )  # fmt: skip
-        self.segments = group.gather(self.buffer.native.segment)  # pid, descriptor, inode, bytes
-        self.pids = [pid for pid, *_ in self.segments]
+        self.pids = group.gather(os.getpid())
         self.dead: tuple[int, ...] = ()
         self.got = None
         self.call(self.small)
         self.call(self.small)
         self.meet("warm")
+        self.begin(phase)
+
+    def begin(self, phase):
+        """The next call is one of this kind."""
+        self.phase = phase
         if phase == "combine":
             self.call()
-            self.meet("dispatched")
+        self.meet(f"begin {phase} {self.buffer.generation}")
 
     # --- meeting -------------------------------------------------------------------------------------
 
@@ -82,14 +102,21 @@ class Job:
     # --- windows -------------------------------------------------------------------------------------
 
     def message_at(self, reader, writer, epoch):
-        """Where the message of `writer`, which is of another node, begins in the windows of `reader`."""
+        """Where the message of `writer` begins in the windows of `reader`."""
         at = self.buffer.layout.offsets()
-        first = at["links"] if self.hops == "node" else at["slots"] + 2 * writer * at["stride"]
+        by_link = self.buffer.hops == "node" and NODES[reader] != NODES[writer]
+        first = at["links"] if by_link else at["slots"] + 2 * writer * at["stride"]
         return first + epoch % 2 * at["stride"]
 
+    def segment_of(self, rank):
+        """(pid, descriptor, inode, bytes) of a rank's windows in this generation. Collective."""
+        key = f"segment/{self.buffer.generation}/{self.buffer.native.next_epoch}"
+        self.group.store.set(f"{key}/{self.rank}", json.dumps(self.buffer.native.segment))
+        return json.loads(self.group.store.get(f"{key}/{rank}"))
+
     def windows_of(self, rank):
-        """Another rank's windows, or one's own, as a writable map."""
-        pid, descriptor, _, num_bytes = self.segments[rank]
+        """Another rank's windows, or one's own, as a writable map. Collective."""
+        pid, descriptor, _, num_bytes = self.segment_of(rank)
         with open(f"/proc/{pid}/fd/{descriptor}", "r+b") as file:
             return mmap.mmap(file.fileno(), num_bytes)
 
@@ -107,44 +134,59 @@ class Job:
 
     def call(self, case=None):
         """The same, and compares with the reference bit for bit."""
-        result = self.send(case)
+        self.check(self.send(case))
+
+    def check(self, result):
         if self.got is None:
             self.want = expected(self.with_case)
             check_dispatched(result, self.want, self.rank)
             self.got = result
         else:
             ys = [self.result_of_experts(x) for x in self.want.x]
-            back = reference.combine(ys, self.want.bookkeeping, hops=self.buffer.hops, node_of=NODES)
+            back = reference.combine(
+                ys, self.want.bookkeeping, hops=self.buffer.hops, node_of=NODES
+            )
             assert same(result, back.x[self.rank])
             self.got = None
 
-    def told(self, kinds, *, calls=2, blame=VICTIM, after_s=0.0):
+    def receive(self, hook):
+        """What a call with a hook still has to do."""
+        hook()
+        self.check(hook.result)
+
+    def told(self, kinds, *, calls=2, blame=VICTIM, after_s=0.0, hook=None):
         """(class, seconds, text) of the error that one of the next calls raises. Results before it are right.
 
-        after_s: how long after the beginning of the call the fault happens.
+        after_s: how long after the beginning of the call the fault happens. hook: of a call that was sent before.
         """
-        for _ in range(calls):
+        for n in range(calls + bool(hook)):
+            received = hook if n == 0 else None
             phase = "combine" if self.got else "dispatch"
-            epoch = self.buffer.native.next_epoch
+            epoch = self.buffer.native.next_epoch - bool(received)
             start = time.monotonic()
             try:
-                self.call()
+                self.receive(received) if received else self.call()
             except MoeCommError as error:
                 seconds, text = time.monotonic() - start - after_s, str(error)
                 assert isinstance(error, kinds), f"{type(error).__name__}: {text}"
                 assert seconds <= self.deadline_s + GRACE_S + SLACK_S, (seconds, text)
                 assert re.match(rf"{phase} epoch {epoch}\b", text), (phase, epoch, text)
-                assert f"rank {blame} (node {NODES[blame]})" in text, text
+                gave_up = "gave up on " if blame == self.rank else ""
+                blamed = f"{gave_up}rank {blame} (node {NODES[blame]})"
+                assert blamed in text, text
                 return type(error).__name__, seconds, text
         raise AssertionError(f"rank {self.rank}: no error in {calls} calls")
 
     # --- afterwards ----------------------------------------------------------------------------------
 
-    def go_on(self, *dead):
-        """The survivors begin the next generation; their calls are right."""
+    def go_on(self, *dead, back=()):
+        """The survivors begin the next generation, with those that come `back`; their calls are right."""
         self.dead = dead
         alive = tuple(r not in dead for r in range(NUM_RANKS))
-        assert self.buffer.recover(timeout_s=10) == alive
+        if self.rank in back:
+            assert self.buffer.rejoin(timeout_s=20) == alive
+        else:
+            assert self.buffer.recover(expect=back, timeout_s=20) == alive
         self.got = None
         for _ in range(4):
             self.call(self.small)
@@ -156,17 +198,17 @@ class Job:
         self.group.engines.clear()
         del self.buffer
         self.got = None
-        assert open_things() == self.open
+        now = open_things()
+        assert now == self.open, (self.open, now)
 
 
-def shrink_sockets():
-    """Of this process: so that what a peer does not read soon stays in the memory of the sender."""
+def limit_unsent(num_bytes):
+    """What the sockets of this process take before their peers read: the rest of a message stays in its memory."""
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(name))) as found:
-                    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-                    found.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, num_bytes)
 
 
 def state_of(pid):
