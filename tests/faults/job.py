@@ -4,6 +4,7 @@ Four ranks as two nodes. Rank 3 is the one that something happens to.
 """
 
 import contextlib
+import gc
 import json
 import mmap
 import os
@@ -198,6 +199,7 @@ class Job:
         self.group.engines.clear()
         del self.buffer
         self.got = None
+        gc.collect()  # errors hold the frames they came through
         now = open_things()
         assert now == self.open, (self.open, now)
 
