@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from . import _engine
 from .config import Config
-from .errors import MoeCommError, TransportError
+from .errors import MoeCommError, PeerTimeout, TransportError
 from .group import EPGroup, Survey, Topology
 from .layout import WindowLayout
 
@@ -121,7 +121,12 @@ def _all_or_none(group: EPGroup, what: str, step: Callable, offer: Callable):
         made = step()
     except MoeCommError as caught:
         error = caught
-    answers = group.gather((str(error) if error else None, None if error else offer(made)))
+    try:
+        answers = group.gather((str(error) if error else None, None if error else offer(made)))
+    except PeerTimeout:
+        if error:  # what went wrong here says more than who does not answer
+            raise error from None
+        raise
     if error:
         raise error
     for r, answer in enumerate(answers):

@@ -8,7 +8,7 @@ COLUMNS = ("shm node", "shm rank", "fabric:tcp node", "fabric:tcp rank")
 
 
 class Matrix:
-    """`matrix(fault, phase, column, result)`: one cell. A test that fails marks the cells it did not write."""
+    """`matrix(fault, phase, column, result)`: one cell, of a test that passes."""
 
     def __init__(self, properties):
         self._properties = properties
@@ -24,10 +24,11 @@ def matrix(request):
 
 def pytest_terminal_summary(terminalreporter):
     cells: dict[tuple[str, str], dict[str, str]] = collections.defaultdict(dict)
-    for report in terminalreporter.getreports("") + terminalreporter.getreports("passed"):
-        cells_of(report, cells, "")
-    for report in terminalreporter.getreports("failed"):
-        cells_of(report, cells, "FAILED")
+    for report in terminalreporter.getreports("passed"):
+        for name, cell in report.user_properties:
+            if name == "cell" and report.when == "call":
+                fault, phase, column, result = cell
+                cells[fault, phase][column] = result
     if not cells:
         return
     write = terminalreporter.write_line
@@ -39,10 +40,6 @@ def pytest_terminal_summary(terminalreporter):
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     for line in table:
         write("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-
-
-def cells_of(report, cells, failed):
-    for name, cell in report.user_properties:
-        if name == "cell" and report.when == "call":
-            fault, phase, column, result = cell
-            cells[fault, phase][column] = failed or result
+    for report in terminalreporter.getreports("failed"):
+        if "tests/faults/" in report.nodeid:
+            write(f"FAILED  {report.nodeid}")

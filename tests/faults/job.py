@@ -26,6 +26,9 @@ from moe_comm import MoeCommError, reference
 NUM_RANKS, RANKS_PER_NODE, VICTIM = 4, 2, 3
 NODES = [0, 0, 1, 1]
 TIMEOUT_S = 3.0  # the deadline of every call
+SILENCE_S = (
+    3.0  # where a rank is to be silent; more than the second between heartbeats to other nodes
+)
 GRACE_S = 1.0  # by which an error may come later
 SLACK_S = float(os.environ.get("MOE_COMM_TEST_SLACK_S", "0.5"))  # for a machine that does more
 SMALL = (6, 9, 0, 5)  # tokens of each rank

@@ -11,23 +11,33 @@ import mmap
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import time
 
 import pytest
-from job import NUM_RANKS, VICTIM, Job, limit_unsent  # first: it knows where cases.py is
+from job import (
+    GRACE_S,
+    NUM_RANKS,
+    SILENCE_S,
+    SLACK_S,
+    TIMEOUT_S,
+    VICTIM,
+    Job,
+    limit_unsent,
+)  # first: it knows where cases.py is
 
 # isort: split
 from cases import dispatch
 
-from moe_comm import MismatchError, PeerLost, TransportError, _engine
+import moe_comm
+from moe_comm import MismatchError, MoeCommError, PeerLost, PeerTimeout, TransportError, _engine
 
 BACKENDS = ("shm", "fabric:tcp")
 HOPS = ("node", "rank")
 PHASES = ("dispatch", "combine")
 READER = 1  # of what rank 3 sends to the other node
-SILENCE_S = 3.0  # more than the second between heartbeats to other nodes
 HEADER_BYTES = 256
 NUM_ROWS = 64  # of a large message
 SURVIVORS = tuple(r for r in range(NUM_RANKS) if r != VICTIM)
@@ -367,3 +377,142 @@ def test_nobody_dies(run_ranks, matrix, backend, hops):
     results = run_ranks(shared_faults, NUM_RANKS, backend, hops, timeout_s=100)
     for fault, phase in results[0]:
         matrix(fault, phase, column(backend, hops), summary([r[fault, phase] for r in results]))
+
+
+# --- opening ---------------------------------------------------------------------------------------
+
+
+def try_to_open(group, backend, hops, **options):
+    """(class, seconds, text) of the error, or None."""
+    start = time.monotonic()
+    try:
+        moe_comm.Buffer(group, hidden=64, topk=2, num_experts=8, hops=hops, transport=backend,
+                        **{"ranks_per_node": 2, **options}).close()  # fmt: skip
+    except MoeCommError as error:
+        return type(error).__name__, time.monotonic() - start, str(error)
+
+
+def no_memory(rank, group, backend, hops):
+    """To map windows in rank 3. When there is some again, all can open."""
+    assert try_to_open(group, backend, hops, window_bytes=1 << 20) is None  # libraries are loaded
+    used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    if rank == VICTIM:
+        resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), resource.RLIM_INFINITY))
+    told = try_to_open(group, backend, hops, window_bytes=4 << 30)
+    assert told[0] == "TransportError" and "ENOMEM" in told[2], told
+    assert rank == VICTIM or "rank 3 failed" in told[2], told
+    if rank == VICTIM:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert try_to_open(group, backend, hops, window_bytes=1 << 20) is None
+    return told
+
+
+def other_secret(rank, group, backend, hops):
+    """Rank 3 is of another job."""
+    secret = group.secret
+    if rank == VICTIM:
+        group._secret ^= 1
+    told = try_to_open(group, backend, hops, ranks_per_node=1)
+    assert told[0] == "TransportError" and "rank 3" in told[2] and "secret" in told[2], told
+    group._secret = secret
+    group.engines.clear()  # rank 3 opened its own with the other one
+    assert try_to_open(group, backend, hops) is None
+    return told
+
+
+def refused(rank, group, backend, hops):
+    """Rank 3 dies between its address and its connections."""
+    group = moe_comm.EPGroup.from_store(
+        group.store, rank, NUM_RANKS, name="short", timeout_s=TIMEOUT_S
+    )
+    gather = group._gather
+
+    def die_after_the_addresses(value):
+        answers = gather(value)
+        if isinstance(value, tuple) and isinstance(value[1], dict) and "address" in value[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answers
+
+    if rank == VICTIM:
+        group._gather = die_after_the_addresses
+    told = try_to_open(group, backend, hops, ranks_per_node=1)
+    assert told[1] <= TIMEOUT_S + GRACE_S + SLACK_S, told
+    why = {
+        "TransportError": "to rank 3",
+        "PeerTimeout": "for ranks [3]",
+    }  # connected in its last moment
+    assert why[told[0]] in told[2], told
+    return told
+
+
+OPENING = {
+    "no memory to register": no_memory,
+    "other secret": other_secret,
+    "connection refused": refused,
+}
+
+
+@pytest.mark.parametrize("hops", HOPS)
+@pytest.mark.parametrize("fault", OPENING)
+def test_opening(run_ranks, matrix, fault, backend, hops):
+    results = run_ranks(
+        OPENING[fault],
+        NUM_RANKS,
+        backend,
+        hops,
+        may_die=[VICTIM] if fault == "connection refused" else [],
+    )
+    matrix(fault, "open", column(backend, hops), summary(results))
+
+
+def stale_key(rank, group, *shape):
+    """The others write to rank 3 with a key that opens nothing."""
+    gather, broken = group._gather, []
+
+    def offer_another_key(value):
+        if isinstance(value, tuple) and isinstance(value[1], dict) and not broken:
+            region = bytearray(value[1]["region"])
+            region[16] ^= 0x5A
+            broken.append(value[1].update(region=bytes(region)))
+        return gather(value)
+
+    if rank == VICTIM:
+        group._gather = offer_another_key
+    with pytest.raises(
+        (PeerLost, PeerTimeout, TransportError),
+        match=r"(dispatch|combine) epoch \d+.*rank \d \(node \d\)",
+    ) as caught:
+        start = time.monotonic()
+        Job(rank, group, *shape)
+    return type(caught.value).__name__, time.monotonic() - start, str(caught.value)
+
+
+@pytest.mark.parametrize("hops", HOPS)
+def test_stale_key(run_ranks, matrix, backend, hops):
+    results = run_ranks(stale_key, NUM_RANKS, backend, hops, "dispatch")
+    matrix("stale remote key", "dispatch", column(backend, hops), summary(results))
+
+
+# --- elsewhere -------------------------------------------------------------------------------------
+
+ELSEWHERE = {
+    "full send queue": "cpp/transport_suite.cpp full_queue",
+    "exhausted receive pool": "cpp/transport_suite.cpp many_immediates",
+    "stale key of an engine": "cpp/transport_faults.cpp withdrawn_region",
+    "refused, of an engine": "cpp/transport_suite.cpp nobody_there",
+    "callback that raises": "transport/test_engine.py test_watcher_word_can_be_written_by_a_peer_and_errors_are_kept",
+    "late peer": "ep/test_faults.py test_late_peer",
+    "exits after its last combine": "ep/test_faults.py test_everybody_exits_after_the_last_combine",
+    "ends without close": "ep/test_lifetime.py test_process_that_ends_without_close",
+    "mask instead of an error": "ep/test_mask.py test_dead_rank_is_masked",
+    "killed engine": "transport/test_engine_peers.py test_killed_in_the_middle_of_writes",
+}
+
+
+@pytest.mark.parametrize("fault", ELSEWHERE)
+def test_elsewhere(matrix, fault):
+    """What is tested where there are no ranks, or was before: still there, for all backends of its suite."""
+    file, name = ELSEWHERE[fault].split()
+    text = (pathlib.Path(__file__).resolve().parents[1] / file).read_text()
+    assert re.search(rf"^(def|void) {name}\(", text, re.MULTILINE), f"no {name} in {file}"
+    matrix(fault, "", "elsewhere", f"tests/{file}: {name}")
