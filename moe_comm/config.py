@@ -18,7 +18,8 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
     "MOE_COMM_INTERFACE": (
         str,
         "",
-        "interface, device or source address of the transport; empty: its own choice. verbs: a device, settings, or "
+        "interface, device or source address of the transport; empty: over tcp an address that the other hosts reach, "
+        "else the transport's own choice. verbs: a device, settings, or "
         "both, as in mlx5_0,gid=3,traffic_class=106: port, gid (index), mtu (bytes, at most), pkey (index), sl, "
         "traffic_class, timeout (4.096 us * 2^n, 14), retries (7), rnr_timer (code, 12), relaxed (ordering, 1)",
     ),

@@ -1,7 +1,8 @@
 """How a Buffer's ranks find each other: from an EPGroup to an open Exchange (csrc/exchange.hpp).
 
 Four gathers: what everybody passed and a probe segment; who can map whom; segments, regions, addresses and immediate
-rows; and whether every connection stands. Each error is gathered, too, so that all ranks raise together.
+rows; and whether every connection stands. Over tcp one or two more, to find the address of each host that the others
+can reach (source.py). Each error is gathered, too, so that all ranks raise together.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from .config import Config
 from .errors import MoeCommError, PeerTimeout, TransportError
 from .group import EPGroup, Survey, Topology
 from .layout import WindowLayout
+from .source import reachable_address
 
 CONNECT_TIMEOUT_S = 30.0
 FABRICS = ("fabric:efa", "fabric:verbs;ofi_rxm", "fabric:tcp;ofi_rxm")  # best first
@@ -69,8 +71,11 @@ def open_exchange(
     present = [r for r in range(group.num_ranks) if not absent or not absent[r]]
     linked = [r for r in linked if r in present and not topology.is_local(r)]
 
+    transport = choose_transport(config.transport, survey)
+    source = reachable_address(group) if transport.startswith("fabric:tcp") else ""
+
     def prepare() -> tuple[_engine.Engine, _engine.Exchange, dict]:
-        engine = _engine_of(group, config, survey)
+        engine = _engine_of(group, config, transport, source)
         native = _engine.Exchange(engine, shape, layout.offsets(), config.first_epoch)
         rows = {r: native.open_rows(r) for r in linked}
         return engine, native, {
@@ -101,14 +106,14 @@ def open_exchange(
     return OpenExchange(engine, native, topology)
 
 
-def _engine_of(group: EPGroup, config: Config, survey: Survey) -> _engine.Engine:
-    transport = choose_transport(config.transport, survey)
+def _engine_of(group: EPGroup, config: Config, transport: str, source: str) -> _engine.Engine:
+    """One for all Buffers of a group. `source`: the address to use where none is asked for."""
     key = (transport, config.interface, config.shard_bytes, config.chaos_seed)
     with group.lock:
         if key not in group.engines:
             seed = config.chaos_seed and config.chaos_seed * 1000 + group.rank + 1
             group.engines[key] = _engine.Engine(
-                transport=transport, interface=config.interface, secret=group.secret,
+                transport=transport, interface=config.interface or source, secret=group.secret,
                 shard_bytes=config.shard_bytes, chaos_seed=seed,
             )  # fmt: skip
         return group.engines[key]

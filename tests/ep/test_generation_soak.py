@@ -69,7 +69,7 @@ def _run(rank, group, iterations, deaths, seed, hops):
 @pytest.mark.timeout(170)
 @pytest.mark.parametrize("hops", ["node", "rank"])
 def test_soak(run_ranks, hops):
-    _soak(run_ranks, hops, iterations=250, deaths=3, seed=1)
+    _soak(run_ranks, hops, iterations=500, deaths=3, seed=1)
 
 
 @pytest.mark.slow
