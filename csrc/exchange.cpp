@@ -223,7 +223,7 @@ Status Exchange::close(double seconds) {
     stop_ = true;
   }
   work_changed_.notify_all();
-  ring(bell(base_));
+  if (base_) ring(bell(base_));  // there are no windows if init() failed
   if (forwarder_.joinable()) forwarder_.join();
   return drained;
 }

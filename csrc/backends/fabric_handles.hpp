@@ -72,7 +72,7 @@ class KeepSignals {
   KeepSignals(const KeepSignals&) = delete;
 
  private:
-  static constexpr std::array kSignals{SIGHUP, SIGINT, SIGQUIT, SIGILL, SIGTRAP, SIGABRT,
+  static constexpr std::array kSignals{SIGHUP, SIGINT, SIGQUIT, SIGILL,  SIGTRAP, SIGABRT,
                                        SIGBUS, SIGFPE, SIGSEGV, SIGTERM, SIGUSR1, SIGUSR2};
   std::array<struct sigaction, kSignals.size()> saved_{};
 };

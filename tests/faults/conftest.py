@@ -1,10 +1,37 @@
 """The matrix: what each fault led to, for each backend, hops and phase. Printed at the end of the run."""
 
 import collections
+from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).resolve().parent
+
 COLUMNS = ("shm node", "shm rank", "fabric:tcp node", "fabric:tcp rank")
+
+DEFAULT = {
+    "shm node dispatch",
+    "shm rank combine",
+    "fabric:tcp rank dispatch",
+    "fabric:tcp node combine",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Without `slow`: each fault over each backend, with each hops and each phase, but not all of them together."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if item.path.parent != HERE or not {"backend", "hops"} <= set(params):
+            continue
+        row = f"{params['backend']} {params['hops']} {params.get('phase', '')}".strip()
+        default = row in DEFAULT
+        if item.name.startswith("test_stopped"):
+            default = default and "node" in row
+        if "phase" not in params:
+            default = params["hops"] == "rank" or item.name.startswith("test_nobody")
+        if not default:
+            item.add_marker(pytest.mark.slow)
 
 
 class Matrix:

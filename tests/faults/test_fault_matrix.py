@@ -260,10 +260,6 @@ def stopped(rank, group, *shape):
     return told
 
 
-QUICK = {("shm", "node", "dispatch"), ("shm", "rank", "combine"), ("fabric:tcp;ofi_rxm", "rank", "dispatch"),
-         ("fabric:tcp;ofi_rxm", "node", "combine")}  # fmt: skip
-
-
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("hops", HOPS)
 def test_stopped(run_ranks, matrix, backend, hops, phase):

@@ -162,8 +162,15 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("hops", ["node", "rank"])
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    "cut, hops",
+    [
+        ("link down", "node"),
+        ("packets dropped", "rank"),
+        pytest.param("link down", "rank", marks=pytest.mark.slow),
+        pytest.param("packets dropped", "node", marks=pytest.mark.slow),
+    ],
+)
 def test_link_is_cut(run_ranks, matrix, hosts, hops, cut):
     results = run_ranks(link_cut, NUM_RANKS, hosts, hops, CUTS[cut])
     matrix(f"link cut: {cut}", "dispatch", f"fabric:tcp {hops}", summary(results))
