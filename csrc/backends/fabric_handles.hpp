@@ -59,8 +59,10 @@ struct FabricLibrary {
 };
 
 // libfabric 1.17's shm provider replaces SIGINT, SIGTERM, SIGSEGV and SIGBUS handlers when the
-// library first looks for providers, whichever was asked for: Python would lose Ctrl-C. This puts
-// back what was there.
+// library first looks for providers, whichever was asked for: Python would lose Ctrl-C. Debian's
+// libfabric also loads libpsm_infinipath, which takes SIGILL, SIGABRT and more as soon as it is
+// loaded; its handler ends a crashing process by exit(), with other threads running. This puts back
+// what was there.
 class KeepSignals {
  public:
   KeepSignals() {
