@@ -51,7 +51,7 @@ void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, ui
     call.failure = damaged(source).with_prefix(phase);
     return;
   }
-  const std::string who = name_of(header.origin);
+  const std::string who = "rank " + std::to_string(header.origin);
   if (header.epoch != epoch || header.version != kAbiVersion) {
     blame(source);
     call.failure = {Code::kTransport, phase + "window of rank " + std::to_string(source) +
@@ -66,15 +66,16 @@ void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, ui
     call.failure = {Code::kPeerError, phase + who + " raised: " + header.text};
   } else if (header.status == kHeaderMissing) {
     blame(header.origin);
-    call.failure = {Code::kPeerTimeout,
-                    phase + who + " is missing; a forwarder says: " + header.text};
+    call.failure = {Code::kPeerTimeout, phase + name_of(header.origin) +
+                                            " is missing; a forwarder says: " + header.text};
   } else if (header.status == kHeaderLost) {
     blame(header.origin);
-    call.failure = {Code::kPeerLost, phase + who + " is lost; a forwarder says: " + header.text};
+    call.failure = {Code::kPeerLost,
+                    phase + name_of(header.origin) + " is lost; a forwarder says: " + header.text};
   } else if (header.status == kHeaderDamaged) {
     blame(header.origin);
-    call.failure = {Code::kTransport,
-                    phase + who + " sent something else; a forwarder says: " + header.text};
+    call.failure = {Code::kTransport, phase + name_of(header.origin) +
+                                          " sent something else; a forwarder says: " + header.text};
   } else if (call.error.ok()) {
     if (const std::string what = difference(header.agreed, call.agreed); !what.empty()) {
       call.failure = {Code::kMismatch, phase + who + " disagrees in " + what};

@@ -6,8 +6,9 @@
   - `PeerError`: another rank's argument was wrong; carries its text. The call is over everywhere, the next works.
     - `MismatchError`: ranks passed different parameters (num_experts, hidden size, dtype, another dispatch, …).
   - `PeerTimeout` (TimeoutError): a peer that lives did not come before the deadline. The Buffer is spent.
-  - `PeerLost` (ConnectionError): a peer died, closed, or gave up. The Buffer is spent.
-  - `TransportError`: a call of the network or of the system failed: call, errno, device, peer.
+  - `PeerLost` (ConnectionError): a peer died, closed, or gave up (then the text says on whom). The Buffer is spent.
+  - `TransportError`: a call of the network or of the system failed: call, errno, device, peer. Also a header that is
+    not what anybody wrote; then the Buffer is spent.
   - `ClosedError`: used after `close()`.
 """
 

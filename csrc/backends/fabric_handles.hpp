@@ -58,10 +58,11 @@ struct FabricLibrary {
   std::string version_text() const;
 };
 
-// What libfabric loads takes signals over: its shm provider SIGINT, SIGTERM, SIGSEGV and SIGBUS,
-// when it first looks for providers, whichever was asked for; the PSM libraries that Debian's is
-// linked with these and more, when they are loaded, to write a backtrace into the current folder.
-// Python would lose Ctrl-C. This puts back what was there.
+// libfabric 1.17's shm provider replaces SIGINT, SIGTERM, SIGSEGV and SIGBUS handlers when the
+// library first looks for providers, whichever was asked for: Python would lose Ctrl-C. Debian's
+// libfabric also loads libpsm_infinipath, which takes SIGILL, SIGABRT and more as soon as it is
+// loaded; its handler ends a crashing process by exit(), with other threads running. This puts back
+// what was there.
 class KeepSignals {
  public:
   KeepSignals() {
