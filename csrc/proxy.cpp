@@ -396,8 +396,25 @@ void Proxy::enqueue(Write write) {
   }
 }
 
+// What post_pending() would post now, unless the transport refuses some of it.
+uint32_t Proxy::count_postable() const {
+  size_t count = 0, free = free_slots_.size();
+  for (const uint32_t index : with_pending_) {
+    const Peer& peer = peers_[index];
+    if (peer.state.load(std::memory_order_relaxed) != PeerState::kReady || free <= peer.in_flight)
+      continue;
+    const size_t room = (free - peer.in_flight + 1) / 2;  // each post takes a slot and adds one
+    const size_t posts = std::min(peer.pending.size(), room);
+    count += posts;
+    free -= posts;
+  }
+  return static_cast<uint32_t>(count);
+}
+
 bool Proxy::post_pending() {
   bool progress = false;
+  if (with_pending_.empty()) return progress;
+  uint32_t left = count_postable();
   for (size_t i = 0; i < with_pending_.size();) {
     const uint32_t index = with_pending_[i];
     Peer& peer = peers_[index];
@@ -416,6 +433,7 @@ bool Proxy::post_pending() {
       request.has_immediate = write.has_immediate;
       request.immediate = write.immediate;
       request.id = {slot};
+      request.following = left > 0 ? --left : 0;
       Status status = transport_->post_write(request);
       if (status.code() == Code::kAgain) break;
       Write posted = std::move(write);

@@ -160,6 +160,7 @@ class Proxy {
   bool take_commands();
   bool run_functions();
   bool post_pending();
+  uint32_t count_postable() const;
   bool poll_transport(bool arm);
   void beat();
   void sleep();

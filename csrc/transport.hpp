@@ -54,6 +54,9 @@ struct WriteRequest {
   bool has_immediate = false;
   Immediate immediate{};
   WorkId id;
+  // How many more writes come right after this one, before the next poll(): their NIC need be told
+  // only once. A guess: if they do not come, poll() tells it.
+  uint32_t following = 0;
 };
 
 struct Completion {

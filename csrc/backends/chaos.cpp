@@ -36,6 +36,7 @@ class ChaosTransport final : public Transport {
   Status post_write(const WriteRequest& request) override {
     if (chance(8) || held_.size() >= 256) return Status::again();
     held_.push_back(request);
+    held_.back().following = 0;  // in another order
     return {};
   }
   size_t poll(std::span<Completion> out, bool arm) override {

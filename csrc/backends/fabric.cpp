@@ -62,6 +62,7 @@ constexpr auto kStuckTimeout = milliseconds(30'000);  // nothing can be posted: 
 constexpr auto kClosingTimeout = milliseconds(200);
 constexpr size_t kAcknowledgedBytes = 256 << 10;  // tcp: writes of at least this many bytes
 constexpr size_t kMaxQueueDepth = 1024;
+constexpr uint32_t kChain = 32;  // writes for one doorbell, at most
 constexpr size_t kMaxMessageBytes = size_t{1} << 30;
 constexpr size_t kBatch = 32;           // completions read at once
 constexpr uint32_t kPollsPerTend = 64;  // looks at the clock
@@ -103,7 +104,7 @@ class FabricTransport final : public Transport {
     bool in_use = false;
     bool orphaned = false;  // already reported
     WorkId id;
-    uint64_t num_bytes = 0;
+    fi_rma_iov to{};
     FabricPeers::RemoteRef remote;
   };
 
@@ -112,6 +113,8 @@ class FabricTransport final : public Transport {
   }
   Status open_endpoint();
   void add_write();
+  ssize_t give(Write& write, const iovec& from, void* descriptor, uint64_t flags, uint32_t data);
+  void ring();
   Status check(const Peer& peer, const WriteRequest& request) const;
   Status on_refused_post(uint32_t index, ssize_t rc);
   size_t take_events(std::span<Completion> out, size_t n);
@@ -126,6 +129,8 @@ class FabricTransport final : public Transport {
   FabricPeers peers_;
   std::deque<Write> writes_;
   std::vector<Write*> free_writes_;
+  const Write* unrung_ = nullptr;  // the last that was given with FI_MORE: NOTE [doorbells]
+  uint32_t num_unrung_ = 0;
   CqHandle queue_;
   EndpointHandle endpoint_;  // closed before what it was given
   size_t acknowledge_from_ = SIZE_MAX;
@@ -142,7 +147,9 @@ Status FabricTransport::start() {
   const fi_info& info = *device_->info;
   info_.address = peers_.own_address();
   info_.capabilities.max_message_bytes = std::min(info.ep_attr->max_msg_size, kMaxMessageBytes);
-  info_.capabilities.queue_depth = std::min(info.tx_attr->size, kMaxQueueDepth);
+  const size_t depth = info.tx_attr->size;  // EFA's also holds hellos: NOTE [doorbells]
+  info_.capabilities.queue_depth = std::min(
+      depth >= 2 * FabricPeers::kNumSends ? depth - FabricPeers::kNumSends : depth, kMaxQueueDepth);
   info_.capabilities.writes_local_memory_unregistered = !device_->wants(FI_MR_LOCAL);
   if (device_->provider.starts_with("tcp")) acknowledge_from_ = kAcknowledgedBytes;
   for (size_t i = 0; i < info_.capabilities.queue_depth; ++i) add_write();
@@ -247,6 +254,10 @@ Status FabricTransport::post_write(const WriteRequest& request) {
   if (free_writes_.empty()) return Status::again();
 
   Write& write = *free_writes_.back();
+  write.peer = index;
+  write.remote = peer.remote;
+  write.to = {request.remote->base + request.remote_offset, request.num_bytes,
+              request.remote->key.value};
   iovec from =
       peers_.empty_bytes();  // a write of nothing comes from somewhere too: EFA asks for it
   void* descriptor = peers_.descriptor();
@@ -254,32 +265,53 @@ Status FabricTransport::post_write(const WriteRequest& request) {
     from = {request.local->bytes.data() + request.local_offset, request.num_bytes};
     descriptor = request.local->local_key;
   }
-  const fi_rma_iov to{request.remote->base + request.remote_offset, request.num_bytes,
-                      request.remote->key.value};
+  const bool more = request.following > 0 && num_unrung_ + 1 < kChain;
+  const uint64_t flags = (request.has_immediate ? FI_REMOTE_CQ_DATA : 0) | (more ? FI_MORE : 0) |
+                         (request.num_bytes >= acknowledge_from_ ? FI_DELIVERY_COMPLETE : 0);
+  const ssize_t rc = give(write, from, descriptor, flags, request.immediate.bits);  // H3
+  if (rc != 0) return on_refused_post(index, rc);
+  write.orphaned = false;
+  write.id = request.id;
+  peer.stuck = false;
+  return {};
+}
+
+// The last of the free writes to libfabric. 0, or why it stays free.
+ssize_t FabricTransport::give(Write& write, const iovec& from, void* descriptor, uint64_t flags,
+                              uint32_t data) {
   fi_msg_rma message{};
   message.msg_iov = &from;
   message.desc = &descriptor;
   message.iov_count = 1;
-  message.addr = peer.remote->second.address;
-  message.rma_iov = &to;
+  message.addr = write.remote->second.address;
+  message.rma_iov = &write.to;
   message.rma_iov_count = 1;
   message.context = &write.context;
-  message.data = request.immediate.bits;
-  const uint64_t flags = FI_COMPLETION | (request.has_immediate ? FI_REMOTE_CQ_DATA : 0) |
-                         (request.num_bytes >= acknowledge_from_ ? FI_DELIVERY_COMPLETE : 0);
-  const ssize_t rc = fi_writemsg(endpoint_.get(), &message, flags);  // H3
-  if (rc != 0) return on_refused_post(index, rc);
+  message.data = data;
+  const ssize_t rc = fi_writemsg(endpoint_.get(), &message, flags | FI_COMPLETION);
+  if (rc != 0) return rc;
   free_writes_.pop_back();
   write.in_use = true;
-  write.orphaned = false;
-  write.peer = index;
-  write.id = request.id;
-  write.num_bytes = request.num_bytes;
-  write.remote = peer.remote;
-  ++peer.remote->second.uses;
-  ++peer.in_flight;
-  peer.stuck = false;
-  return {};
+  ++write.remote->second.uses;
+  ++peers_[write.peer].in_flight;
+  unrung_ = flags & FI_MORE ? &write : nullptr;
+  num_unrung_ = flags & FI_MORE ? num_unrung_ + 1 : 0;
+  return 0;
+}
+
+// NOTE [doorbells] After FI_MORE a NIC is not told of a write before a post without it, to any
+// peer. The last of those that come together is posted without; where it did not come, or was
+// refused, a write of nothing to the last peer takes its place. EFA drops a whole chain, writes
+// that were taken already, if its queue overflows within: so there are never more writes and hellos
+// under way than the queue holds, and -FI_EAGAIN comes for other reasons only.
+void FabricTransport::ring() {
+  if (free_writes_.empty()) add_write();
+  Write& bell = *free_writes_.back();
+  bell.peer = unrung_->peer;
+  bell.remote = unrung_->remote;  // of a peer that may be closed by now
+  bell.to = {unrung_->to.addr, 0, unrung_->to.key};
+  bell.orphaned = true;  // not to be reported
+  if (give(bell, peers_.empty_bytes(), peers_.descriptor(), 0, 0) != 0) bell.orphaned = false;
 }
 
 Status FabricTransport::on_refused_post(uint32_t index, ssize_t rc) {
@@ -314,7 +346,7 @@ void FabricTransport::disconnect(PeerId id) noexcept {
     event.id = write.id;
     event.status = {Code::kPeerLost, info_.name + ": " + peer.text +
                                          " was disconnected with a write of " +
-                                         std::to_string(write.num_bytes) + " bytes under way"};
+                                         std::to_string(write.to.len) + " bytes under way"};
     add_write();  // in its place
   }
   peers_.close(peer);
@@ -323,6 +355,7 @@ void FabricTransport::disconnect(PeerId id) noexcept {
 // --- completions ---------------------------------------------------------------------------------
 
 size_t FabricTransport::poll(std::span<Completion> out, bool arm) {
+  if (unrung_ != nullptr) ring();
   size_t n = take_events(out, 0);
   for (int attempt = 0; attempt < kArmAttempts; ++attempt) {
     n = read_queue(out, n);
@@ -396,6 +429,10 @@ bool FabricTransport::on_entry(const fi_cq_data_entry& entry, Completion& out) {
 bool FabricTransport::finish(Write& write, Status status, Completion& out) {
   --peers_[write.peer].in_flight;
   write.in_use = false;
+  if (unrung_ == &write) {  // libfabric rang by itself
+    unrung_ = nullptr;
+    num_unrung_ = 0;
+  }
   const bool report = !write.orphaned;
   if (report) {
     out = Completion{};
@@ -438,7 +475,7 @@ bool FabricTransport::on_error(Completion& out) {
 
   auto& write = static_cast<Write&>(*operation);
   const Peer& peer = peers_[write.peer];
-  Status status = error("write of " + std::to_string(write.num_bytes) + " bytes", entry.err);
+  Status status = error("write of " + std::to_string(write.to.len) + " bytes", entry.err);
   status = Status(status.code(), status.text() + cause);
   if (!is_local_mistake(entry.err) && peer.state == Peer::kReady) {
     peers_.settle(write.peer, Completion::Kind::kPeerLost, Status(Code::kPeerLost, status.text()));

@@ -21,8 +21,8 @@ constexpr auto kRetryInterval = milliseconds(1);        // after -FI_EAGAIN; dou
 constexpr auto kMaxRetryInterval = milliseconds(64);
 constexpr auto kWatchInterval = milliseconds(200);  // between looks at the processes of this host
 constexpr size_t kNumReceives = 64;                 // hellos
-constexpr size_t kNumSends = 64;                    // hellos and answers
 constexpr uint32_t kNoPeer = ~0u;
+constexpr size_t kNumSends = FabricPeers::kNumSends;
 
 }  // namespace
 

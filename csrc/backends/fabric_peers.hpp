@@ -46,6 +46,8 @@ struct FabricHello;
 
 class FabricPeers {
  public:
+  static constexpr size_t kNumSends = 64;  // hellos and answers under way, at most
+
   struct Remote {  // an address in the address vector
     fi_addr_t address = FI_ADDR_NOTAVAIL;
     uint32_t uses = 0;      // by peers, writes and messages

@@ -123,6 +123,7 @@ class SeveralNics final : public Transport {
       const size_t i = next_++ % nics_.size();
       WriteRequest one = request;
       one.peer = peers_[index].ids[i];
+      one.following = request.following / static_cast<uint32_t>(nics_.size());
       RemoteRegion remote{request.remote->base, request.remote->num_bytes, request.remote->key, {}};
       if (i > 0) {
         remote.base = request.remote->extra[2 * i - 2];

@@ -4,6 +4,7 @@
 //   MOE_COMM_LIBFABRIC=libefa_rules.so   instead of libfabric.so.1; its only provider is "efa"
 //   EFA_RULES_NICS=rdmap0s6,rdmap1s6     its devices (default: the first of these)
 //   EFA_RULES_SEED=7                     of all random choices
+//   EFA_RULES_REFUSE=4                   one post in so many is refused for a while; 0: none
 //   EFA_RULES_COUNTS=FILE                a line of counts for each endpoint that is closed
 //
 // Facts, from the provider's sources and manual (fabric "efa-direct" of libfabric 2, the
@@ -119,7 +120,12 @@ std::mt19937_64& dice() {
   }();
   return generator;
 }
-bool chance(uint32_t one_in) { return dice()() % one_in == 0; }
+// Does the queue say "again" this time?
+bool refuses() {
+  const char* text = getenv("EFA_RULES_REFUSE");
+  const uint64_t one_in = text ? strtoull(text, nullptr, 10) : 4;
+  return one_in > 0 && dice()() % one_in == 0;
+}
 
 // --- regions -------------------------------------------------------------------------------------
 
@@ -469,7 +475,7 @@ ssize_t post_write(fid_ep* handle, const fi_msg_rma* message, uint64_t flags) {
          "FI_MR_LOCAL: local memory that is not registered, or without its descriptor");
   expect(endpoint->addresses->inner_of.contains(message->addr),
          "an address that is not in the address vector");
-  if (endpoint->under_way >= kQueueSize || chance(4)) {
+  if (endpoint->under_way >= kQueueSize || refuses()) {
     ++endpoint->counts.refused;
     return -FI_EAGAIN;
   }
@@ -496,7 +502,7 @@ ssize_t post_send(fid_ep* handle, const void* data, size_t num_bytes, void* desc
          "FI_MR_LOCAL: a message that is not registered, or without its descriptor");
   expect(endpoint->addresses->inner_of.contains(address),
          "an address that is not in the address vector");
-  if (endpoint->under_way >= kQueueSize || chance(4)) {
+  if (endpoint->under_way >= kQueueSize || refuses()) {
     ++endpoint->counts.refused;
     return -FI_EAGAIN;
   }
@@ -517,7 +523,7 @@ ssize_t post_receive(fid_ep* handle, void* data, size_t num_bytes, void* descrip
   expect(address == FI_ADDR_UNSPEC, "FI_DIRECTED_RECV is not there");
   expect(endpoint->domain->covers(descriptor, data, num_bytes, FI_RECV),
          "FI_MR_LOCAL: a receive that is not registered, or without its descriptor");
-  if (chance(8)) return -FI_EAGAIN;
+  if (refuses()) return -FI_EAGAIN;
   Request* request = endpoint->begin(context, FI_ADDR_UNSPEC);
   const ssize_t rc = fi_recv(endpoint->inner, data, num_bytes, nullptr, FI_ADDR_UNSPEC, request);
   if (rc != 0) endpoint->end(request);

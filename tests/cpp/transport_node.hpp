@@ -218,6 +218,7 @@ class Node {
     request.has_immediate = immediate >= 0;
     request.immediate = Immediate{static_cast<uint32_t>(immediate)};
     request.id = WorkId{next_id};
+    request.following = following;
     Status status = transport->post_write(request);
     if (status.ok()) ++next_id;
     return status;
@@ -249,6 +250,7 @@ class Node {
   std::map<PeerId, Status> refused, lost;
   std::function<void(uint32_t)> on_immediate;
   uint64_t next_id = 0;
+  uint32_t following = 0;  // what the next writes say of those after them
 
  private:
   void absorb(size_t n) {

@@ -275,6 +275,37 @@ void many_immediates(Hub& hub) {  // both ways at once, without bytes
   node.barrier();
 }
 
+void announced(Hub& hub) {  // writes that say how many follow, and keep it or not
+  constexpr uint32_t kGroups = 40, kWrites = 50;
+  Node node(hub);
+  node.connect_all();
+  Buffer buffer(*node.transport, 4096);
+  const auto remote = node.swap_regions(buffer);
+  const int other = 1 - node.rank;
+  uint32_t sent = 0;
+  for (uint32_t group = 0; group < kGroups; ++group) {
+    for (uint32_t i = 0; i < kWrites; ++i) {
+      const bool kept = group % 2 == 0;
+      node.following = kept ? kWrites - 1 - i : 3;
+      const int to = i % 3 == 0 ? node.rank : other;
+      node.write(node.peers[to], {&buffer, 0, 16 * (i % 2), &remote[to], 64}, sent++);
+    }
+    if (group % 8 < 2) node.expect_all_ok();  // nothing comes after them
+  }
+  const PeerId again = node.connect(node.addresses[other]);
+  node.expect_ready(again);
+  node.following = 1;  // announces one, and is given up instead
+  node.write(node.peers[other], {&buffer, 0, 16, &remote[other], 64}, sent++);
+  node.write(again, {&buffer, 0, 16, &remote[other], 64});
+  node.transport->disconnect(again);
+  CHECK(node.wait(kShort, [&] { return node.all_done(); }), "a write never ended");
+  for (uint64_t id = 0; id + 1 < node.next_id; ++id)
+    CHECK(node.done.at(id).ok(), node.done.at(id).text());
+  CHECK(node.wait(kShort, [&] { return node.immediates.size() == kGroups * kWrites + 1; }),
+        std::to_string(node.immediates.size()) + " arrived");
+  node.barrier();
+}
+
 void everybody(Hub& hub) {  // three ranks, all pairs and oneself, mixed sizes; no order is assumed
   constexpr int kCount = 150;
   constexpr size_t kPlace = 300'000;
@@ -321,6 +352,7 @@ constexpr Case kCases[] = {
     {"wide_offsets", 2, wide_offsets},
     {"full_queue", 2, full_queue},
     {"many_immediates", 2, many_immediates},
+    {"announced", 2, announced},
     {"everybody", 3, everybody},
 };
 
