@@ -9,10 +9,12 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <optional>
 
 #include "engine.hpp"
 #include "exchange.hpp"
 #include "host_pool.hpp"
+#include "topology.hpp"
 
 namespace py = pybind11;
 using namespace moe_comm;  // NOLINT: one file, all of it glue
@@ -379,12 +381,15 @@ void bind_engine(py::module_& m) {
   using Self = Engine;
   py::class_<Self>(m, "Engine")
       .def(py::init([](const std::string& transport, const std::string& interface, uint64_t secret,
-                       uint64_t shard_bytes, uint64_t chaos_seed) {
-             EngineOptions options{transport, interface, secret, shard_bytes, chaos_seed};
+                       uint64_t shard_bytes, uint64_t chaos_seed, const std::string& gpu, int place,
+                       int num_places) {
+             EngineOptions options{transport,  interface, secret, shard_bytes,
+                                   chaos_seed, gpu,       place,  num_places};
              return check(unlocked([&] { return Engine::open(options); }));
            }),
            py::arg("transport") = "shm", py::arg("interface") = "", py::arg("secret") = 0,
-           py::arg("shard_bytes") = 0, py::arg("chaos_seed") = 0)
+           py::arg("shard_bytes") = 0, py::arg("chaos_seed") = 0, py::arg("gpu") = "",
+           py::arg("place") = 0, py::arg("num_places") = 1)
       .def_property_readonly("transport", [](Self& self) { return self.transport_name(); })
       .def_property_readonly("address",
                              [](Self& self) { return to_bytes(self.proxy().info().address); })
@@ -526,6 +531,25 @@ PYBIND11_MODULE(_engine, m) {
     return unlocked(
         [&] { return wait_change(*reinterpret_cast<Counter*>(address), old, seconds); });
   });
+  m.def(
+      "choose_nics",
+      [](bool efa, const std::string& gpu, std::optional<std::vector<int>> cpus, int place,
+         int num_places, const std::string& sysfs) {
+        NicRequest request{efa, gpu, cpus ? *cpus : usable_cpus(), place, num_places};
+        NicChoice choice = check(choose_nics(HostTopology::read(sysfs), request));
+        return std::make_tuple(choice.nics, choice.why);
+      },
+      py::kw_only(), py::arg("efa"), py::arg("gpu") = "", py::arg("cpus") = py::none(),
+      py::arg("place") = 0, py::arg("num_places") = 1, py::arg("sysfs") = "");
+  m.def(
+      "gpus",
+      [](const std::string& sysfs) {
+        std::vector<std::string> addresses;
+        for (const Gpu& gpu : HostTopology::read(sysfs).gpus)
+          addresses.push_back(gpu.place.address);
+        return addresses;
+      },
+      py::arg("sysfs") = "");
   m.def("transports", [] {
     std::vector<py::dict> out{to_dict(probe_shm())};
     for (const TransportReport& report : probe_fabric()) out.push_back(to_dict(report));

@@ -2,11 +2,37 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+
+#include "topology.hpp"
 
 namespace moe_comm {
 namespace {
 constexpr uint64_t kShardBytes = 128 << 10;  // where several NICs share the writes
+
+// The devices that this rank takes if it names none, "a+b"; or why none.
+Result<std::string> nearest_nics(const EngineOptions& options, bool efa) {
+  NicRequest request{efa, options.gpu, usable_cpus(), options.place, options.num_places};
+  auto choice = choose_nics(HostTopology::read(), request);
+  if (!choice.ok()) return choice.status();
+  std::string names;
+  for (const std::string& nic : choice.value().nics) names += (names.empty() ? "" : "+") + nic;
+  return names;
+}
+
+// Where sysfs shows no NIC the library may still have one: it is asked, and if it has none, both
+// reasons are told. `settings`: begins with a comma, or is empty.
+template <typename Open>
+Result<std::unique_ptr<Transport>> open_nearest(const EngineOptions& options, bool efa,
+                                                const std::string& settings, const Open& open) {
+  const auto nics = nearest_nics(options, efa);
+  if (nics.ok()) return open(nics.value() + settings);
+  if (nics.status().code() == Code::kInvalid) return nics.status();
+  auto transport = open(settings.empty() ? settings : settings.substr(1));
+  if (transport.ok()) return transport;
+  return Status(transport.status().code(), transport.status().text() + "; " + nics.status().text());
+}
 }  // namespace
 
 std::vector<std::byte> serialise(const RemoteRegion& region) {
@@ -37,9 +63,27 @@ Result<std::unique_ptr<Engine>> Engine::open(const EngineOptions& options) {
   if (options.transport == "shm") {
     transport = open_shm(options.secret);
   } else if (options.transport.starts_with("fabric:")) {
-    transport = open_fabric(options.secret, options.transport.substr(7), options.interface);
+    std::string provider = options.transport.substr(7), interface = options.interface;
+    if (const size_t at = provider.find(':'); at != std::string::npos) {
+      if (interface.empty()) interface = provider.substr(at + 1);
+      provider.resize(at);
+    }
+    const auto open = [&](const std::string& devices) {
+      return open_fabric(options.secret, provider, devices);
+    };
+    transport = provider == "efa" && interface.empty() ? open_nearest(options, true, "", open)
+                                                       : open(interface);
   } else if (options.transport == "verbs") {
-    transport = open_verbs(options.secret, options.interface);
+    const auto open = [&](const std::string& text) { return open_verbs(options.secret, text); };
+    const std::string& text = options.interface;
+    bool has_device = false;  // or settings only: "gid=3,sl=1"
+    for (size_t at = 0; at < text.size();) {
+      const size_t end = std::min(text.find(',', at), text.size());
+      has_device |= text.substr(at, end - at).find('=') == std::string::npos;
+      at = end + 1;
+    }
+    transport = has_device ? open(text)
+                           : open_nearest(options, false, text.empty() ? "" : "," + text, open);
   } else if (options.transport.starts_with("verbs:")) {  // the device, and then more settings
     const std::string device = options.transport.substr(6);
     transport = open_verbs(options.secret,

@@ -14,12 +14,17 @@
 namespace moe_comm {
 
 struct EngineOptions {
-  std::string transport = "shm";  // "shm", "fabric:<provider>", "verbs", "verbs:<device>"
-  std::string interface;  // device, interface or source address (verbs: and settings); empty: the
-                          // backend's choice
+  // "shm", "fabric:<provider>", "verbs"; with devices "fabric:efa:rdmap0s6+rdmap1s6",
+  // "verbs:mlx5_0"
+  std::string transport = "shm";
+  std::string interface;  // device, interface or source address (verbs: and settings); empty: for
+                          // fabric:efa and verbs the nearest NICs, else the backend's choice
   Secret secret = 0;
   uint64_t shard_bytes = 0;
   uint64_t chaos_seed = 0;  // 0: off; else the transport delays and reorders (tests)
+  // For the nearest NICs: NicRequest's fields of these names (topology.hpp).
+  std::string gpu;
+  int place = 0, num_places = 1;
 };
 
 // A region's descriptor: what a peer must know to write there. Bytes, so that it can travel by any

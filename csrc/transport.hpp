@@ -99,8 +99,8 @@ class Transport {
 using Secret = uint64_t;  // of the job: a peer that does not show it is refused
 
 Result<std::unique_ptr<Transport>> open_shm(Secret secret);
-// provider: "tcp;ofi_rxm", "shm", "efa", "verbs;ofi_rxm"; interface: source address or device,
-// empty: provider's choice
+// provider: "tcp;ofi_rxm", "shm", "efa", "verbs;ofi_rxm"; interface: source address or device, or
+// several, "rdmap0s6+rdmap1s6"; empty: provider's choice
 Result<std::unique_ptr<Transport>> open_fabric(Secret secret, const std::string& provider,
                                                const std::string& interface);
 // interface: a device, or several, and settings, "mlx5_0+mlx5_1,gid=3": NOTE [verbs settings];

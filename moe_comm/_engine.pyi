@@ -44,6 +44,22 @@ class ClosedError(MoeCommError):
 def can_map(name: _SegmentName, secret: int) -> tuple[bool, str]:
     """Whether this process can map that segment and finds `secret` in its first 8 bytes; if not, why."""
 
+def choose_nics(
+    *,
+    efa: bool,
+    gpu: str = "",
+    cpus: list[int] | None = None,
+    place: int = 0,
+    num_places: int = 1,
+    sysfs: str = "",
+) -> tuple[list[str], str]:
+    """The NICs that a rank takes, and why: those nearest to its GPU (a PCI address); without one its share, `place` of
+    `num_places`, of those at the NUMA nodes of `cpus` (default: this thread's). Raises TransportError if there is none.
+    """
+
+def gpus(sysfs: str = "") -> list[str]:
+    """PCI addresses of this host's NVIDIA GPUs, ascending."""
+
 def transports() -> list[dict]:
     """Every transport that was built in: `name`, `available`, `detail` (version, devices), `reason` (why not, fix)."""
 
@@ -99,9 +115,13 @@ class Engine:
         secret: int = 0,
         shard_bytes: int = 0,
         chaos_seed: int = 0,
+        gpu: str = "",
+        place: int = 0,
+        num_places: int = 1,
     ) -> None:
-        """`transport`: "shm", "fabric:<provider>", "verbs" or "verbs:<device>". Peers with another `secret` (64 bits)
-        are refused."""
+        """`transport`: "shm", "fabric:<provider>", "verbs", or with devices "fabric:efa:rdmap0s6+rdmap1s6",
+        "verbs:mlx5_0". Peers with another `secret` (64 bits) are refused. `gpu`, `place`, `num_places`: as in
+        `choose_nics`, where fabric:efa or verbs is given no device."""
 
     @property
     def transport(self) -> str: ...

@@ -40,6 +40,11 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
         0,
         "split messages into writes of this size; 0: only where they must be",
     ),
+    "MOE_COMM_SYSFS": (
+        str,
+        "/sys",
+        "tests: where the engine looks for GPUs and NICs",
+    ),
     "MOE_COMM_CHAOS_SEED": (
         int,
         0,

@@ -34,6 +34,11 @@ def _read(path: str | Path) -> str:
         return ""
 
 
+def _sysfs() -> Path:
+    """Where the engine looks for NICs, too."""
+    return Path(os.environ.get("MOE_COMM_SYSFS") or "/sys")
+
+
 def _version(package: str) -> str | None:
     """The installed version, found without importing the package."""
     try:
@@ -159,7 +164,7 @@ def gpu_section() -> Section:
 def nic_section() -> list[Section]:
     """RDMA devices that the kernel knows, whether or not a library can open them."""
     nics = []
-    for device in sorted(Path("/sys/class/infiniband").glob("*")):
+    for device in sorted((_sysfs() / "class/infiniband").glob("*")):
         port = device / "ports" / "1"
         driver = device / "device" / "driver"
         nics.append(
@@ -173,6 +178,24 @@ def nic_section() -> list[Section]:
             }
         )
     return nics
+
+
+def nic_choice_section() -> list[Section]:
+    """NICs that fabric:efa and verbs take if given none: {for, nics, why}, of each GPU and of a rank without one."""
+    engine, problem = _engine()
+    if engine is None:
+        return [{"for": "all", "nics": [], "why": problem}]
+    section = []
+    kinds = {nic["driver"] == "efa" for nic in nic_section()}
+    for efa in sorted(kinds):
+        name = "fabric:efa" if efa else "verbs"
+        for gpu in [*engine.gpus(), ""]:
+            try:
+                nics, why = engine.choose_nics(efa=efa, gpu=gpu)
+            except Exception as error:
+                nics, why = [], str(error)
+            section.append({"for": f"{name}, {gpu or 'no GPU'}", "nics": nics, "why": why})
+    return section
 
 
 # --- transports ----------------------------------------------------------------------------------
@@ -335,6 +358,7 @@ def report() -> Section:
         "software": software_section(),
         "gpus": gpu_section(),
         "nics": nic_section(),
+        "nic_choice": nic_choice_section(),
         "transports": transport_section(),
         "limits": limit_section(),
     }
@@ -373,6 +397,10 @@ def _print_tables(found: Section) -> None:
     if not found["nics"]:
         rows.append(["RDMA NIC", "none", "TCP and shared memory need none"])
     table("devices", ["device", "found", "about"], rows)
+
+    rows = [[c["for"], " ".join(c["nics"]) or "none", c["why"]] for c in found["nic_choice"]]
+    if rows:
+        table("NICs that one rank of this host takes", ["for", "NICs", "why"], rows)
 
     rows = []
     for t in found["transports"]:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "cpp/efa_rules.cpp"
+HEADER = SOURCE.with_suffix(".hpp")
 COMPILE_S = 120
 
 
@@ -25,7 +26,7 @@ def has_fabric_headers() -> bool:
 def build(folder: Path) -> Path:
     """The shared library; compiled once for a state of its source."""
     command = [*compiler(), "-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-shared", "-fPIC"]
-    digest = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes())
+    digest = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes() + HEADER.read_bytes())
     library = folder / digest.hexdigest()[:16] / "libefa_rules.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)

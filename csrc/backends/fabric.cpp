@@ -488,12 +488,19 @@ bool FabricTransport::on_error(Completion& out) {
 Result<std::unique_ptr<Transport>> open_fabric(Secret secret, const std::string& provider,
                                                const std::string& interface) {
   const KeepSignals keep;
-  auto device = FabricDevice::open(provider, interface);
-  if (!device.ok()) return device.status();
-  auto transport = std::make_unique<FabricTransport>(secret, std::move(device.value()));
-  if (Status status = transport->start(); !status.ok())
-    return status.with_prefix(transport->info().name + ": ");
-  return std::unique_ptr<Transport>(std::move(transport));
+  std::vector<std::unique_ptr<Transport>> nics;
+  for (size_t start = 0; start <= interface.size();) {
+    const size_t end = std::min(interface.find('+', start), interface.size());
+    auto device = FabricDevice::open(provider, interface.substr(start, end - start));
+    start = end + 1;
+    if (!device.ok()) return device.status();
+    auto transport = std::make_unique<FabricTransport>(secret, std::move(device.value()));
+    if (Status status = transport->start(); !status.ok())
+      return status.with_prefix(transport->info().name + ": ");
+    nics.push_back(std::move(transport));
+  }
+  if (nics.size() > 1) return join_nics(std::move(nics));
+  return std::move(nics[0]);
 }
 
 }  // namespace moe_comm

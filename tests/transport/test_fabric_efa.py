@@ -2,12 +2,13 @@
 
 import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from engines import join, noise, open_engine
 
-from moe_comm import TransferEngine
+from moe_comm import ArgumentError, TransferEngine
 from moe_comm.writes import Write
 
 
@@ -57,3 +58,54 @@ def test_one_doorbell_for_writes_that_come_together(counts, monkeypatch, refuse)
     assert writer["writes"] >= len(entries)
     share = 2 if refuse else 8  # a refusal ends a chain, and rings
     assert writer["doorbells"] <= writer["writes"] / share, writer
+
+
+def sysfs_with_nics(folder: Path, *names: str) -> str:
+    """A host with these EFA NICs, all beside each other."""
+    for i, name in enumerate(names):
+        device = folder / f"devices/pci0000:00/0000:00:{i + 1:02x}.0"
+        port = device / "infiniband" / name / "ports/1"
+        port.mkdir(parents=True)
+        for file, text in {"state": "4: ACTIVE", "rate": "100 Gb/sec (4X EDR)"}.items():
+            (port / file).write_text(text + "\n")
+        (folder / "bus/pci/drivers/efa").mkdir(parents=True, exist_ok=True)
+        (device / "driver").symlink_to(folder / "bus/pci/drivers/efa")
+        (device / "infiniband" / name / "device").symlink_to(device)
+        (folder / "class/infiniband").mkdir(parents=True, exist_ok=True)
+        (folder / "class/infiniband" / name).symlink_to(device / "infiniband" / name)
+    return str(folder)
+
+
+NICS = ("rdmap0s6", "rdmap1s6", "rdmap2s6")
+
+
+@pytest.mark.parametrize("by", ["transport", "interface", "default"])
+def test_several_nics_carry_parts_of_one_write(counts, monkeypatch, tmp_path, by) -> None:
+    """Named in the transport or as the interface, or found in sysfs; each NIC takes its share."""
+    monkeypatch.setenv("EFA_RULES_NICS", ",".join(NICS))
+    monkeypatch.setenv("MOE_COMM_SYSFS", sysfs_with_nics(tmp_path / "sys", *NICS))
+    names = "+".join(NICS)
+    transport = f"fabric:efa:{names}" if by == "transport" else "fabric:efa"
+    interface = names if by == "interface" else ""
+    a, b = (
+        open_engine(transport, interface=interface, name=f"engine {i}") for i in range(2)
+    )  # fmt: skip
+    assert a.native.transport == "+".join(f"fabric:efa@{name}-rdm" for name in NICS)
+    peer = join(a, b)[0][1]
+    source = noise(30 * 1000)
+    target = b.empty(30 * 1000, torch.uint8)
+    local, descriptor = a.register(source), b.register(target).descriptor
+    a.scatter([
+        Write(peer, local, descriptor, i * 1000, i * 1000, 1000, imm=5) for i in range(30)
+    ]).wait()  # fmt: skip
+    b.expect(5, 30).wait()
+    assert torch.equal(target, source)
+    close(a, b)
+    writers = sorted(c["writes"] for c in counts())[-3:]
+    assert min(writers) >= 10, writers
+
+
+def test_a_nic_that_is_not_there(counts, monkeypatch) -> None:
+    monkeypatch.setenv("EFA_RULES_NICS", ",".join(NICS))
+    with pytest.raises(ArgumentError, match=r"expected one of rdmap0s6-rdm, .* got rdmap9s9"):
+        open_engine("fabric:efa:rdmap0s6+rdmap9s9")
