@@ -110,6 +110,7 @@ def _engine_of(group: EPGroup, config: Config, survey: Survey) -> _engine.Engine
             group.engines[key] = _engine.Engine(
                 transport=transport, interface=config.interface, secret=group.secret,
                 shard_bytes=config.shard_bytes, chaos_seed=seed,
+                place=survey.place[0], num_places=survey.place[1],
             )  # fmt: skip
         return group.engines[key]
 

@@ -7,6 +7,7 @@ shared segment, and every other rank maps it (the functional probe). Nodes are n
 import dataclasses
 import datetime
 import functools
+import os
 import pickle
 import secrets
 import socket
@@ -249,6 +250,10 @@ class Survey:
     topology: Topology
     one_host: bool  # every rank can map every other's memory
     transports: tuple[str, ...]  # that every rank has
+    place: tuple[int, int] = (
+        0,
+        1,
+    )  # (i, n): i-th of n ranks of this host that may use the same CPUs
 
 
 def survey(
@@ -263,8 +268,11 @@ def survey(
     probe = _engine.SharedBuffer(4096)
     memoryview(probe)[:8] = secret.to_bytes(8, "little")
     facts = group.gather(
-        {"probe": probe.name, "agreed": agreed, "host": socket.gethostname(), "home": home}
-    )
+        {
+            "probe": probe.name, "agreed": agreed, "host": socket.gethostname(), "home": home,
+            "cpus": sorted(os.sched_getaffinity(0)),
+        }
+    )  # fmt: skip
     present = [r for r, fact in enumerate(facts) if fact is not None]
     lowest = present[0]
     for name in agreed:
@@ -303,7 +311,12 @@ def survey(
         homes = [facts[r]["home"] for r in present if facts[r]["home"]]
         if len(present) < num_ranks and homes:
             nodes = _with_absent(nodes, set(present), homes[0])
-    return Survey(Topology.from_nodes(group.rank, nodes), one_host, transports)
+    alike = [
+        r for r in present
+        if can[group.rank][r] and facts[r]["cpus"] == facts[group.rank]["cpus"]
+    ]  # fmt: skip
+    place = (alike.index(group.rank), len(alike))
+    return Survey(Topology.from_nodes(group.rank, nodes), one_host, transports, place)
 
 
 def _with_absent(
