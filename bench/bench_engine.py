@@ -9,10 +9,15 @@
 - ring       the way of the exchange: command ring, proxy thread, counter word (at least 16 B)
 - user       the way of TransferEngine without Python: `Proxy::submit`, `take_immediates`
 - python     `moe_comm.TransferEngine`: write, expect().wait()
+- cost       the backend again, for what it costs the proxy's thread and not for how long the network takes
 
 **Protocol.** Each round starts every method once, in turn; figures are medians over the rounds, of p99 the largest.
 latency: ping-pong, half a round trip. bandwidth: 16 writes in flight, each with an immediate, until all ended locally;
-payload only, 10^9 bytes/s. idle: CPU time of a process with a connected engine that has nothing to do, over 2 s.
+payload only, 10^9 bytes/s. cost: 16 B with an immediate to 1, 8 and 64 connections in turn, 32 at once, the doorbell
+with the last; nanoseconds of the posting thread for each write in post_write, and in the polls that found something for
+each completion. commands: how many a second one thread pushes and the proxy takes. turnaround: from push() until the
+sent counter says that the bytes may be reused, one command at a time. idle: CPU time of a process with a connected
+engine that has nothing to do, over 2 s.
 
 **Traps.** floor and transport spin on both sides and need a core each; ring, user and python have two threads per
 process that hand over to each other, and on two cores wake each other: that is the price of a proxy, shown as it is. Up
@@ -43,12 +48,17 @@ from moe_comm.bench.report import duration, progress_bar
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-LAYERS = ("floor", "transport", "ring", "user", "python")
+LAYERS = ("floor", "transport", "ring", "user", "python", "cost")
 MAX_BYTES = 32 << 20
 SIZES = (8, 4096, 65536, 1 << 20, 4 << 20, MAX_BYTES)
 DEPTH = 16
 SECRET, IMM = 42, 7
 RUN_LIMIT_S = 300
+
+MEDIANS = (
+    "p50_us", "gb_per_s", "writes_per_s", "cpu_percent", "post_ns", "completion_ns", "commands_per_s",
+)  # fmt: skip
+MAXIMA = ("p99_us", "post_p99_ns")
 
 Figure = dict[str, Any]
 
@@ -163,22 +173,22 @@ def commands(transport: str, interface: str, seconds: float) -> dict[str, list[s
     have_fabric = "compiled without" not in fabric["reason"]
     sources = [
         HERE / "engine_pingpong.cpp",
-        *(CSRC / f"{name}.cpp" for name in ("engine", "proxy", "memory")),
+        *(CSRC / f"{name}.cpp" for name in ("engine", "proxy", "memory", "topology")),
     ]
     sources += sorted((CSRC / "backends").glob("*.cpp"))
     flags = ["-O3", "-std=c++20", f"-I{CSRC}", f"-DMOE_COMM_HAVE_FABRIC={int(have_fabric)}"]
     program = str(compile_cpp(sources, flags, ["-ldl", "-lpthread"], sorted(CSRC.rglob("*.hpp"))))
     layers = {
         layer: [program, transport, interface, layer, str(seconds)]
-        for layer in ("transport", "ring", "user")
+        for layer in ("transport", "ring", "user", "cost")
     }
     if transport == "shm":
-        floor = [program, transport, interface, "memcpy", str(seconds)]
-    else:
+        layers["floor"] = [program, transport, interface, "memcpy", str(seconds)]
+    elif transport.startswith("fabric:"):  # verbs has none
         built = compile_cpp([HERE / "fabric_floor.cpp"], ["-O2", "-std=c++20"], ["-lfabric"])
-        floor = [str(built), transport.removeprefix("fabric:"), interface]
+        layers["floor"] = [str(built), transport.removeprefix("fabric:"), interface]
     python = [sys.executable, __file__, "--python-layer", transport, interface, str(seconds)]
-    return {"floor": floor, **layers, "python": python}
+    return {**layers, "python": python}
 
 
 def run(command: list[str]) -> list[Figure]:
@@ -200,12 +210,12 @@ def merge(rounds: Sequence[Figure]) -> Figure:
     merged: Figure = {}
     for name, value in rounds[0].items():
         values = [figure[name] for figure in rounds]
-        if name in ("p50_us", "gb_per_s", "writes_per_s", "cpu_percent"):
+        if name in MEDIANS:
             merged[name] = round(statistics.median(values), 3)
         elif name == "iterations":
             merged[name] = sum(values)
         else:
-            merged[name] = round(max(values), 3) if name == "p99_us" else value
+            merged[name] = round(max(values), 3) if name in MAXIMA else value
     return merged
 
 
@@ -223,12 +233,14 @@ def measure(
             continue
         show(0, f"compiling for {transport}")
         interface = options.interface if ":tcp" in transport else "-"
+        if transport in ("verbs", "fabric:efa"):
+            interface = options.device
         try:
             found = commands(transport, interface, options.seconds)
         except BenchError as error:
             notes.append(f"left out: {transport}: {error}")
             continue
-        plans += [(transport, layer, found[layer]) for layer in options.layers]
+        plans += [(transport, layer, found[layer]) for layer in options.layers if layer in found]
     figures: dict[tuple[str, str], list[list[Figure]]] = {}
     for turn in range(options.rounds):
         for i, (transport, layer, command) in enumerate(plans):
@@ -269,6 +281,27 @@ def table(records: Sequence[Figure], transport: str, what: str) -> Table:
                 for c in cells
             ),
         )  # fmt: skip
+    return made
+
+
+def cost_table(records: Sequence[Figure]) -> Table:
+    """What the proxy's thread pays, for each transport."""
+    made = Table(
+        "transport", "post, ns, 1 / 8 / 64 peers", "completion, ns", "commands/s", "push to sent",
+        title="Proxy: 16 B with an immediate; push to sent: median / p99", title_justify="left",
+    )  # fmt: skip
+    for transport in dict.fromkeys(r["transport"] for r in records):
+        here = [r for r in records if r["transport"] == transport]
+        cost = sorted((r for r in here if r["what"] == "cost"), key=lambda r: r["peers"])
+        ring = {r["what"]: r for r in here if r["layer"] == "ring"}
+        taken, turn = ring.get("commands"), ring.get("turnaround")
+        made.add_row(
+            transport,
+            " / ".join(f"{r['post_ns']:.0f}" for r in cost),
+            " / ".join(f"{r['completion_ns']:.0f}" for r in cost),
+            f"{taken['commands_per_s']:,.0f}" if taken else "",
+            f"{duration_us(turn['p50_us'])} / {duration_us(turn['p99_us'])}" if turn else "",
+        )
     return made
 
 
@@ -325,6 +358,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="lo",
         help="of tcp, for floor and engine alike (lo; - for their own choice)",
     )
+    p.add_argument(
+        "--device",
+        default="-",
+        help="of verbs and fabric:efa, for the engine (-: their own choice)",
+    )
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument(
         "--seconds",
@@ -356,6 +394,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for transport in dict.fromkeys(r["transport"] for r in records):
         for what in ("latency", "bandwidth"):
             console.print(table(records, transport, what))
+    if any(r["what"] in ("cost", "commands") for r in records):
+        console.print(cost_table(records))
     if records:
         console.print(goals_table(records))
     for note in notes:

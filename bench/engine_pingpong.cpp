@@ -6,9 +6,11 @@
 // LAYER: transport  Transport::post_write and poll, both sides spinning: the backend alone
 //        ring       what the exchange uses: command ring -> proxy -> counter word (16 B is its least message)
 //        user       what TransferEngine uses: Proxy::submit and take_immediates
+//        cost       the backend again, in bursts of 16 B over 1, 8 and 64 connections: CPU time of a post, of a completion
 //        memcpy     no peer: memcpy into a shared segment, the roof for shm (LAYER alone matters)
 // Methods: two processes. latency: ping-pong, half a round trip. bandwidth: 16 writes in flight, each with an immediate,
-// from the first post to the last local completion. idle (ring): CPU of a process whose connected proxy has nothing to do.
+// from the first post to the last local completion. turnaround (ring): from push() to the sent counter, one at a time.
+// commands (ring): how many the proxy takes from the ring, of a closed channel, which it then drops. idle (ring): CPU of a process whose connected proxy has nothing to do.
 // One JSON line per figure; 10^9 bytes/s, payload only.
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -54,6 +56,27 @@ double now_us() {
   return std::chrono::duration<double, std::micro>(Clock::now().time_since_epoch()).count();
 }
 
+struct Figures {
+  const char *transport, *layer;
+  void print(const char* what, size_t bytes, const std::string& values) const {
+    printf("{\"bench\": \"engine\", \"transport\": \"%s\", \"layer\": \"%s\", \"what\": \"%s\", \"bytes\": %zu, %s}\n",
+           transport, layer, what, bytes, values.c_str());
+    fflush(stdout);
+  }
+  void latency(size_t bytes, std::vector<double>& half) const {
+    std::sort(half.begin(), half.end());
+    char text[128];
+    snprintf(text, sizeof text, "\"p50_us\": %.2f, \"p99_us\": %.2f, \"iterations\": %zu", half[half.size() / 2],
+             half[half.size() * 99 / 100], half.size());
+    print("latency", bytes, text);
+  }
+  void bandwidth(size_t bytes, long count, double us) const {
+    char text[128];
+    snprintf(text, sizeof text, "\"gb_per_s\": %.3f, \"writes_per_s\": %.0f", bytes * count / us * 1e-3, count / us * 1e6);
+    print("bandwidth", bytes, text);
+  }
+};
+
 struct Wire {  // to the other process, while connecting
   int fd;
   void put(std::span<const std::byte> bytes) {
@@ -93,6 +116,12 @@ class Layer {
   long posted_ = 0;
 };
 
+std::unique_ptr<Transport> open(const std::string& name, const std::string& interface) {
+  if (name == "shm") return check(open_shm(kSecret));
+  if (name.starts_with("verbs")) return check(open_verbs(kSecret, interface));
+  return check(open_fabric(kSecret, name.substr(7), interface));
+}
+
 // Both are here; the other may need our polling until it is.
 void meet_polling(Layer& layer, Wire& wire) {
   wire.put({});
@@ -103,7 +132,7 @@ void meet_polling(Layer& layer, Wire& wire) {
 class TransportLayer final : public Layer {
  public:
   TransportLayer(const std::string& name, const std::string& interface, Wire& wire) {
-    transport_ = name == "shm" ? check(open_shm(kSecret)) : check(open_fabric(kSecret, name.substr(7), interface));
+    transport_ = open(name, interface);
     region_ = check(transport_->register_memory(segment_.bytes(), MemoryKind::kHost));
     remote_ = check(parse_region(wire.swap(serialise(describe(region_)))));
     peer_ = check(transport_->connect(wire.swap(transport_->info().address)));
@@ -207,6 +236,94 @@ class UserLayer final : public EngineLayer {
   long sent_ = 0, arrived_ = 0;
 };
 
+// Connections to one process, written to in turn. The other process polls until the first is done.
+class Cost {
+ public:
+  Cost(const std::string& name, const std::string& interface, Wire& wire) : wire_(wire), transport_(open(name, interface)) {
+    region_ = check(transport_->register_memory(segment_.bytes(), MemoryKind::kHost));
+    remote_ = check(parse_region(wire.swap(serialise(describe(region_)))));
+    address_ = wire.swap(transport_->info().address);
+  }
+  void poll_until_told() {
+    for (char byte; recv(wire_.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0;) poll();
+    wire_.get();
+  }
+  void done() { wire_.put({}); }
+  void measure(size_t num_peers, double seconds, const Figures& figures);
+
+ private:
+  static constexpr long kBurst = 32;
+  size_t poll() {
+    const size_t n = transport_->poll(completions_, false);
+    for (size_t i = 0; i < n; ++i) {
+      check(completions_[i].status);
+      ended_ += completions_[i].kind == Completion::Kind::kWriteDone;
+      ready_ += completions_[i].kind == Completion::Kind::kPeerReady;
+    }
+    return n;
+  }
+
+  Wire& wire_;
+  SharedSegment segment_ = check(SharedSegment::create("engine_pingpong", 1 << 20));
+  std::unique_ptr<Transport> transport_;
+  MemoryRegion region_;
+  RemoteRegion remote_;
+  Address address_;
+  std::vector<PeerId> peers_;
+  Completion completions_[64];
+  long ended_ = 0;
+  size_t ready_ = 0;
+};
+
+void Cost::measure(size_t num_peers, double seconds, const Figures& figures) {
+  while (peers_.size() < num_peers) peers_.push_back(check(transport_->connect(address_)));
+  while (ready_ < num_peers) poll();
+  WriteRequest request;
+  request.local = &region_;
+  request.remote = &remote_;
+  request.num_bytes = 16;
+  request.has_immediate = true;
+  request.immediate = Immediate::user(kValue);
+  std::vector<double> post, take;  // ns for each write, of each burst
+  long refused = 0, number = 0;
+  for (const double begin = now_us(); now_us() - begin < seconds * 1e6;) {
+    double in_polls = 0;
+    const double start = now_us();
+    double posted = 0;
+    ended_ = 0;
+    for (long i = 0; i < kBurst; ++number) {
+      request.peer = peers_[static_cast<size_t>(number) % num_peers];
+      request.following = static_cast<uint32_t>(kBurst - 1 - i);
+      const Status status = transport_->post_write(request);
+      if (status.ok()) {
+        ++i;
+        continue;
+      }
+      if (status.code() != Code::kAgain) check(status);
+      ++refused;
+      const double waiting = now_us();
+      poll();
+      in_polls += now_us() - waiting;
+    }
+    posted = now_us() - start - in_polls;
+    double taking = 0;
+    while (ended_ < kBurst) {  // polls that find nothing are the network's time, not ours
+      const double before = now_us();
+      if (poll() > 0) taking += now_us() - before;
+    }
+    post.push_back(posted * 1e3 / kBurst);
+    take.push_back(taking * 1e3 / kBurst);
+  }
+  std::sort(post.begin(), post.end());
+  std::sort(take.begin(), take.end());
+  char text[192];
+  snprintf(text, sizeof text,
+           "\"peers\": %zu, \"post_ns\": %.1f, \"post_p99_ns\": %.1f, \"completion_ns\": %.1f, \"refused\": %ld, "
+           "\"iterations\": %zu",
+           num_peers, post[post.size() / 2], post[post.size() * 99 / 100], take[take.size() / 2], refused, post.size());
+  figures.print("cost", 16, text);
+}
+
 // A row of immediates holds two epochs at a time: write i goes by channel i % (depth / 2), in its turn there.
 class RingLayer final : public EngineLayer {
  public:
@@ -243,6 +360,20 @@ class RingLayer final : public EngineLayer {
   }
   size_t least_bytes() const override { return 16; }
 
+  // How many commands a second go through the ring: those of a closed channel, which the proxy takes and drops.
+  double commands_per_s(double seconds) {
+    const uint32_t closed = check(proxy().open_channel({peer_, &region_, remote_, 0, {nullptr, nullptr}, nullptr}));
+    proxy().close_channel(closed);
+    const uint64_t before = proxy().stats().commands.load();
+    uint64_t pushed = 0;
+    const double start = now_us();
+    for (; now_us() - start < seconds * 1e6; pushed += 256) {
+      for (int i = 0; i < 256; ++i) check(proxy().push({closed, 2, 0, 0, 16}, kLimit));
+    }
+    while (proxy().stats().commands.load() < before + pushed) sched_yield();
+    return static_cast<double>(pushed) / (now_us() - start) * 1e6;
+  }
+
  private:
   static constexpr uint64_t kFirstEpoch = 2;
   static std::pair<long, uint64_t> place(long number) {
@@ -265,27 +396,6 @@ class RingLayer final : public EngineLayer {
 };
 
 // --- what is measured ----------------------------------------------------------------------------
-
-struct Figures {
-  const char *transport, *layer;
-  void print(const char* what, size_t bytes, const std::string& values) const {
-    printf("{\"bench\": \"engine\", \"transport\": \"%s\", \"layer\": \"%s\", \"what\": \"%s\", \"bytes\": %zu, %s}\n",
-           transport, layer, what, bytes, values.c_str());
-    fflush(stdout);
-  }
-  void latency(size_t bytes, std::vector<double>& half) const {
-    std::sort(half.begin(), half.end());
-    char text[128];
-    snprintf(text, sizeof text, "\"p50_us\": %.2f, \"p99_us\": %.2f, \"iterations\": %zu", half[half.size() / 2],
-             half[half.size() * 99 / 100], half.size());
-    print("latency", bytes, text);
-  }
-  void bandwidth(size_t bytes, long count, double us) const {
-    char text[128];
-    snprintf(text, sizeof text, "\"gb_per_s\": %.3f, \"writes_per_s\": %.0f", bytes * count / us * 1e-3, count / us * 1e6);
-    print("bandwidth", bytes, text);
-  }
-};
 
 // The first process decides when to stop; its last ping says so in its first byte.
 void ping_pong(Layer& layer, bool first, size_t bytes, double seconds, long& expected, const Figures& figures) {
@@ -332,6 +442,21 @@ void stream(Layer& layer, bool first, size_t bytes, double seconds, long& expect
   layer.until_arrived(++expected);
 }
 
+void turnaround(Layer& layer, double seconds, const Figures& figures) {
+  std::vector<double> times;
+  for (const double begin = now_us(); now_us() - begin < seconds * 1e6;) {
+    const double start = now_us();
+    layer.write(layer.least_bytes());
+    layer.until_sent(layer.posted());
+    times.push_back(now_us() - start);
+  }
+  std::sort(times.begin(), times.end());
+  char text[128];
+  snprintf(text, sizeof text, "\"p50_us\": %.2f, \"p99_us\": %.2f, \"iterations\": %zu", times[times.size() / 2],
+           times[times.size() * 99 / 100], times.size());
+  figures.print("turnaround", layer.least_bytes(), text);
+}
+
 void idle(double seconds, const Figures& figures) {
   auto cpu_s = [] {
     rusage usage{};
@@ -361,6 +486,25 @@ void copy_floor(double seconds, const Figures& figures) {
   }
 }
 
+int cost(const std::string& transport, const std::string& interface, Wire& wire, pid_t child, double seconds,
+         const Figures& figures) {
+  const bool first = child != 0;
+  {
+    Cost cost(transport, interface, wire);
+    if (first) {
+      for (const size_t num_peers : {1, 8, 64}) cost.measure(num_peers, seconds * 0.5, figures);
+      cost.done();
+    } else {
+      cost.poll_until_told();
+    }
+    wire.meet();
+  }
+  if (!first) _exit(0);
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -375,11 +519,12 @@ int main(int argc, char** argv) {
   const bool first = child != 0;
   close(wires[first ? 1 : 0]);
   Wire wire{wires[first ? 0 : 1]};
+  if (name == "cost") return cost(transport, interface, wire, child, seconds, figures);
   std::unique_ptr<Layer> layer;
   if (name == "transport") layer = std::make_unique<TransportLayer>(transport, interface, wire);
   if (name == "ring") layer = std::make_unique<RingLayer>(transport, interface, wire);
   if (name == "user") layer = std::make_unique<UserLayer>(transport, interface, wire);
-  if (!layer) die("LAYER: transport, ring, user or memcpy");
+  if (!layer) die("LAYER: transport, ring, user, cost or memcpy");
   std::memset(layer->memory(), 0, kMaxBytes);
   wire.meet();
   long expected = 0;
@@ -391,7 +536,16 @@ int main(int argc, char** argv) {
     stream(*layer, first, bytes, seconds, expected, figures);
   }
   meet_polling(*layer, wire);
-  if (name == "ring" && first) idle(2.0, figures);
+  if (auto* ring = dynamic_cast<RingLayer*>(layer.get())) {
+    if (first) turnaround(*ring, seconds * 0.5, figures);
+    wire.meet();  // the other's rows take what came meanwhile
+    if (first) {
+      char text[64];
+      snprintf(text, sizeof text, "\"commands_per_s\": %.0f", ring->commands_per_s(seconds * 0.5));
+      figures.print("commands", 16, text);
+      idle(2.0, figures);
+    }
+  }
   wire.meet();
   layer.reset();
   if (!first) _exit(0);

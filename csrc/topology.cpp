@@ -152,9 +152,12 @@ Near nearest(const PciPlace& gpu, const std::vector<const Nic*>& usable) {
   return near;
 }
 
-NicChoice take(const std::vector<const Nic*>& from, size_t place, size_t num_places) {
-  const size_t count = std::min(std::max<size_t>(from.size() / num_places, 1), kMaxNics);
-  const size_t first = place * from.size() / num_places;
+size_t share(size_t num_nics, size_t num_places) {
+  return std::min(std::max<size_t>(num_nics / num_places, 1), kMaxNics);
+}
+
+NicChoice take(const std::vector<const Nic*>& from, size_t place, size_t num_places, size_t count) {
+  const size_t first = std::min(place * from.size() / num_places, from.size() - count);
   NicChoice choice;
   for (size_t i = first; i < first + count; ++i) choice.nics.push_back(from[i]->name);
   return choice;
@@ -168,21 +171,29 @@ std::string share_text(size_t place, size_t num_places, const std::string& of) {
 
 Result<NicChoice> choose_for_gpu(const HostTopology& host, const std::string& address,
                                  const std::vector<const Nic*>& usable) {
-  std::vector<const Gpu*> sharers;
-  const auto wanted = std::find_if(host.gpus.begin(), host.gpus.end(),
-                                   [&](const Gpu& g) { return g.place.address == address; });
-  if (wanted == host.gpus.end())
+  std::vector<Near> near_of;
+  for (const Gpu& gpu : host.gpus) near_of.push_back(nearest(gpu.place, usable));
+  size_t count = kMaxNics, wanted = host.gpus.size(), place = 0, num_places = 0;
+  for (size_t i = 0; i < host.gpus.size(); ++i) {
+    const auto alike =
+        static_cast<size_t>(std::count_if(near_of.begin(), near_of.end(), [&](const Near& other) {
+          return other.nics == near_of[i].nics;
+        }));
+    count = std::min(count, share(near_of[i].nics.size(), alike));  // the same for every GPU
+    if (host.gpus[i].place.address == address) {
+      wanted = i;
+      num_places = alike;
+    }
+  }
+  if (wanted == host.gpus.size()) {
     return Status(Code::kInvalid,
                   "gpu: expected a PCI address of a GPU of this host, got " + address);
-  const Near near = nearest(wanted->place, usable);
-  for (const Gpu& gpu : host.gpus) {
-    if (nearest(gpu.place, usable).nics == near.nics) sharers.push_back(&gpu);
   }
-  const auto place =
-      static_cast<size_t>(std::find(sharers.begin(), sharers.end(), &*wanted) - sharers.begin());
-  NicChoice choice = take(near.nics, place, sharers.size());
+  const Near& near = near_of[wanted];
+  for (size_t i = 0; i < wanted; ++i) place += near_of[i].nics == near.nics;
+  NicChoice choice = take(near.nics, place, num_places, count);
   choice.why = "for GPU " + address + ": " + names_of(near.nics) + " " + near.how +
-               share_text(place, sharers.size(), "GPU");
+               share_text(place, num_places, "GPU");
   return choice;
 }
 
@@ -214,7 +225,7 @@ NicChoice choose_for_cpus(const HostTopology& host, const NicRequest& request,
   });
   const auto place = static_cast<size_t>(request.place);
   const auto num_places = static_cast<size_t>(request.num_places);
-  NicChoice choice = take(near, place, num_places);
+  NicChoice choice = take(near, place, num_places, share(near.size(), num_places));
   choice.why = names_of(near) + (by_node ? " are at the NUMA nodes it may run on" : " are usable") +
                share_text(place, num_places, "rank");
   return choice;

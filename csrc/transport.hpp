@@ -25,6 +25,15 @@ enum class PeerId : uint32_t {};  // index in this transport, dense, never reuse
 using Address =
     std::vector<std::byte>;  // opaque, serialisable: all another process needs to connect
 
+// NOTE [EFA's rules] What EFA does not give, nobody is promised, so there is one code path:
+// - No order between writes, immediates or completions: the promise above.
+// - Immediates of 32 bits (abi.hpp); a write of nothing names a real address and key, too:
+//   WriteRequest::remote. Keys are whatever 64 bits the NIC hands out: RemoteKey.
+// - Bounded messages and queues, registered local memory, several NICs: fields here, which the
+//   proxy obeys. A queue may be full at any time: kAgain.
+// - No inline data, no ordering flags, no atomics, no wait object: asked for nowhere in
+// fabric*.cpp. tests/cpp/efa_rules.cpp is a libfabric that ends the program which breaks one of
+// them.
 struct Capabilities {
   size_t max_message_bytes = 0;                   // longest single write
   size_t queue_depth = 0;                         // writes in flight before post_write says kAgain

@@ -116,6 +116,23 @@ def test_nics_that_are_down_are_named(sysfs) -> None:
         nics(root)
 
 
+def test_a_nic_that_is_down_moves_no_other_rank(sysfs) -> None:
+    """GPU 1's own NIC is down: it takes one of its NUMA node; as many as the others have, who keep theirs."""
+    root = sysfs("h100_cx7")
+    (Path(root) / "class/infiniband/mlx5_3/ports/1/state").write_text("1: DOWN\n")
+    chosen = of_gpus(root, efa=False)
+    assert chosen[1] in (["mlx5_0"], ["mlx5_4"], ["mlx5_5"])
+    assert chosen[:1] + chosen[2:] == [[f"mlx5_{i}"] for i in (0, 4, 5, 6, 9, 10, 11)]
+
+
+def test_p5_with_a_nic_down_takes_three_for_each_gpu(sysfs) -> None:
+    root = sysfs("p5")
+    (Path(root) / "class/infiniband/rdmap80s0/ports/1/state").write_text("1: DOWN\n")
+    chosen = of_gpus(root, efa=True)
+    assert chosen[0] == ["rdmap79s0", "rdmap81s0", "rdmap82s0"]
+    assert chosen[7] == ["rdmap198s0", "rdmap199s0", "rdmap200s0"]
+
+
 def test_wrong_requests(sysfs) -> None:
     root = sysfs("vm")
     with pytest.raises(
