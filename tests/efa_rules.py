@@ -38,3 +38,19 @@ def build(folder: Path) -> Path:
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
         new.rename(library)
     return library
+
+
+def sysfs_with_nics(folder: Path, *names: str) -> str:
+    """A host with these EFA NICs, all beside each other."""
+    for i, name in enumerate(names):
+        device = folder / f"devices/pci0000:00/0000:00:{i + 1:02x}.0"
+        port = device / "infiniband" / name / "ports/1"
+        port.mkdir(parents=True)
+        for file, text in {"state": "4: ACTIVE", "rate": "100 Gb/sec (4X EDR)"}.items():
+            (port / file).write_text(text + "\n")
+        (folder / "bus/pci/drivers/efa").mkdir(parents=True, exist_ok=True)
+        (device / "driver").symlink_to(folder / "bus/pci/drivers/efa")
+        (device / "infiniband" / name / "device").symlink_to(device)
+        (folder / "class/infiniband").mkdir(parents=True, exist_ok=True)
+        (folder / "class/infiniband" / name).symlink_to(device / "infiniband" / name)
+    return str(folder)

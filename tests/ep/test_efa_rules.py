@@ -1,7 +1,10 @@
 """Dispatch and combine between nodes over fabric:efa, by EFA's rules (tests/cpp/efa_rules.cpp)."""
 
+import os
+
 import pytest
 from cases import check_dispatched, dispatch, expected, make_case, node_list, same
+from efa_rules import sysfs_with_nics
 
 import moe_comm
 from moe_comm import reference
@@ -9,7 +12,9 @@ from moe_comm import reference
 NUM_RANKS, RANKS_PER_NODE = 4, 2
 
 
-def _round_trips(rank, group, hops, calls):
+def _round_trips(rank, group, hops, calls, nics=()):
+    if nics:
+        os.environ["EFA_RULES_NICS"] = ",".join(nics)
     case = make_case(NUM_RANKS, layout="expert")
     want = expected(case)
     ys = [(x.float() * 1.5 + 0.25).to(x.dtype) for x in want.x]
@@ -26,7 +31,9 @@ def _round_trips(rank, group, hops, calls):
         check_dispatched(got, want, rank)
         y = buffer.combine(ys[rank], got.handle, weights=got.topk_weights)
         assert same(y, back.x[rank])
+    transport = buffer.engine.transport
     buffer.close()
+    return transport
 
 
 @pytest.mark.parametrize("hops", ["node", "rank"])
@@ -34,3 +41,14 @@ def test_round_trips(run_ranks, efa_rules, monkeypatch, hops):
     monkeypatch.setenv("MOE_COMM_LIBFABRIC", efa_rules)
     monkeypatch.setenv("MOE_COMM_SHARD_BYTES", "256")  # several writes for each message
     run_ranks(_round_trips, NUM_RANKS, hops, 6)
+
+
+def test_ranks_divide_the_nics_of_their_host(run_ranks, efa_rules, monkeypatch, tmp_path):
+    """Eight NICs, four ranks that name none: two each."""
+    nics = [f"rdmap{i}s6" for i in range(8)]
+    monkeypatch.setenv("MOE_COMM_LIBFABRIC", efa_rules)
+    monkeypatch.setenv("MOE_COMM_SYSFS", sysfs_with_nics(tmp_path / "sys", *nics))
+    taken = run_ranks(_round_trips, NUM_RANKS, "node", 3, nics)
+    pairs = [(f"rdmap{2 * i}s6-rdm", f"rdmap{2 * i + 1}s6-rdm") for i in range(NUM_RANKS)]
+    wanted = [f"fabric:efa@{first}+fabric:efa@{second}" for first, second in pairs]
+    assert [transport.removesuffix("+chaos") for transport in taken] == wanted

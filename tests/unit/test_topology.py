@@ -116,21 +116,41 @@ def test_nics_that_are_down_are_named(sysfs) -> None:
         nics(root)
 
 
+def down(root: str, name: str) -> None:
+    (Path(root) / f"class/infiniband/{name}/ports/1/state").write_text("1: DOWN\n")
+
+
 def test_a_nic_that_is_down_moves_no_other_rank(sysfs) -> None:
-    """GPU 1's own NIC is down: it takes one of its NUMA node; as many as the others have, who keep theirs."""
+    """GPU 7's own NIC is down: it takes one of its NUMA node; as many as the others have, who keep theirs."""
     root = sysfs("h100_cx7")
-    (Path(root) / "class/infiniband/mlx5_3/ports/1/state").write_text("1: DOWN\n")
+    down(root, "mlx5_11")
     chosen = of_gpus(root, efa=False)
-    assert chosen[1] in (["mlx5_0"], ["mlx5_4"], ["mlx5_5"])
-    assert chosen[:1] + chosen[2:] == [[f"mlx5_{i}"] for i in (0, 4, 5, 6, 9, 10, 11)]
+    assert chosen[:7] == [[f"mlx5_{i}"] for i in (0, 3, 4, 5, 6, 9, 10)]
+    assert chosen[7] in (["mlx5_6"], ["mlx5_9"], ["mlx5_10"])
 
 
 def test_p5_with_a_nic_down_takes_three_for_each_gpu(sysfs) -> None:
     root = sysfs("p5")
-    (Path(root) / "class/infiniband/rdmap80s0/ports/1/state").write_text("1: DOWN\n")
+    down(root, "rdmap201s0")
     chosen = of_gpus(root, efa=True)
-    assert chosen[0] == ["rdmap79s0", "rdmap81s0", "rdmap82s0"]
+    assert chosen[0] == ["rdmap79s0", "rdmap80s0", "rdmap81s0"]
     assert chosen[7] == ["rdmap198s0", "rdmap199s0", "rdmap200s0"]
+
+
+def test_gb200_with_a_nic_down_shares_the_other_of_its_cpu(sysfs) -> None:
+    root = sysfs("gb200")
+    down(root, "mlx5_5")
+    assert of_gpus(root, efa=False) == [["mlx5_0"], ["mlx5_1"], ["mlx5_4"], ["mlx5_4"]]
+
+
+def test_efa_and_others_are_told_apart(sysfs) -> None:
+    root = sysfs("vm")
+    driver = Path(root) / "class/infiniband/mlx5_2/device/driver"
+    driver.unlink()
+    (Path(root) / "bus/pci/drivers/efa").mkdir()
+    driver.symlink_to(Path(root) / "bus/pci/drivers/efa")
+    assert nics(root, efa=True) == ["mlx5_2"]
+    assert nics(root, efa=False) == ["mlx5_0", "mlx5_1", "mlx5_3"]
 
 
 def test_wrong_requests(sysfs) -> None:
