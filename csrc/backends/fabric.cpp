@@ -306,8 +306,7 @@ ssize_t FabricTransport::give(Write& write, const iovec& from, void* descriptor,
 // refused, a write of nothing to the last peer takes its place. EFA drops a whole chain, writes
 // that were taken already, if its queue overflows within: so there are never more writes and hellos
 // under way than the queue holds, and -FI_EAGAIN comes for other reasons only. Only where peers
-// share a queue: ofi_rxm has a connection for each, and a post to one peer tells nothing of the
-// others' (over tcp, libfabric 1.17, their writes then stayed where they were, for good).
+// share a queue: ofi_rxm has a connection for each, and a post to one need tell nothing of others.
 void FabricTransport::ring() {
   if (free_writes_.empty()) add_write();
   Write& bell = *free_writes_.back();

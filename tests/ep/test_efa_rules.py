@@ -15,18 +15,18 @@ NUM_RANKS, RANKS_PER_NODE = 4, 2
 def _round_trips(rank, group, hops, calls, nics=()):
     if nics:
         os.environ["EFA_RULES_NICS"] = ",".join(nics)
-    case = make_case(NUM_RANKS, layout="expert")
-    want = expected(case)
-    ys = [(x.float() * 1.5 + 0.25).to(x.dtype) for x in want.x]
-    back = reference.combine(
-        ys, want.bookkeeping, weights=want.topk_weights,
-        node_of=node_list(NUM_RANKS, RANKS_PER_NODE), hops=hops,
-    )  # fmt: skip
     buffer = moe_comm.Buffer(
         group, hidden=64, topk=3, num_experts=7, hops=hops, ranks_per_node=RANKS_PER_NODE,
         transport="fabric:efa", timeout_s=30.0,
     )  # fmt: skip
-    for _ in range(calls):
+    for call in range(calls):  # other bytes in each: what is left of an earlier call is wrong
+        case = make_case(NUM_RANKS, seed=call, tokens=[40] * NUM_RANKS, layout="expert")
+        want = expected(case)
+        ys = [(x.float() * 1.5 + 0.25).to(x.dtype) for x in want.x]
+        back = reference.combine(
+            ys, want.bookkeeping, weights=want.topk_weights,
+            node_of=node_list(NUM_RANKS, RANKS_PER_NODE), hops=hops,
+        )  # fmt: skip
         got = dispatch(buffer, case, rank)
         check_dispatched(got, want, rank)
         y = buffer.combine(ys[rank], got.handle, weights=got.topk_weights)
