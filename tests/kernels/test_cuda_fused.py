@@ -200,6 +200,10 @@ def test_combine_send(library, dtype, weighted, biased, inner, num_blocks, num_t
     memory = torch.cat([memory, zeros])  # a row of −0.0
     offsets[2:4] = -1
     offsets[2, 1] = offsets[3, 3] = offsets[3, 4] = len(memory) - len(zeros)
+    if not weighted and not biased:  # one plain term: also a signalling NaN passes bit for bit
+        nan = torch.full((width,), torch.inf, dtype=dtype)
+        memory = torch.cat([memory, (bits(nan) + 1).view(torch.uint8)])
+        offsets[4] = torch.tensor([-1, -1, len(memory) - len(zeros), -1, -1])
     weights = torch.rand(num_rows, num_terms) if weighted else None
     bias = torch.randn(num_rows, 2 * width).to(dtype)[:, :width] if biased else None
     want = torch.empty(num_rows, width, dtype=dtype)
