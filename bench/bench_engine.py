@@ -173,7 +173,10 @@ def commands(transport: str, interface: str, seconds: float) -> dict[str, list[s
     have_fabric = "compiled without" not in fabric["reason"]
     sources = [
         HERE / "engine_pingpong.cpp",
-        *(CSRC / f"{name}.cpp" for name in ("engine", "proxy", "proxy_calls", "memory", "topology")),
+        *(
+            CSRC / f"{name}.cpp"
+            for name in ("engine", "proxy", "proxy_calls", "memory", "topology")
+        ),
     ]
     sources += sorted((CSRC / "backends").glob("*.cpp"))
     flags = ["-O3", "-std=c++20", f"-I{CSRC}", f"-DMOE_COMM_HAVE_FABRIC={int(have_fabric)}"]

@@ -28,6 +28,11 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
         "libfabric.so.1",
         "the libfabric that fabric:* opens, a file: AWS's is /opt/amazon/efa/lib/libfabric.so.1; read by the engine",
     ),
+    "MOE_COMM_KERNELS": (
+        str,
+        "",
+        "device code, torch or triton; empty: Triton for CUDA tensors, torch for others; read by moe_comm.kernels",
+    ),
     "MOE_COMM_RANKS_PER_NODE": (
         int,
         0,

@@ -75,7 +75,7 @@ def open_exchange(
     source = reachable_address(group) if transport.startswith("fabric:tcp") else ""
 
     def prepare() -> tuple[_engine.Engine, _engine.Exchange, dict]:
-        engine = _engine_of(group, config, transport, source)
+        engine = _engine_of(group, config, transport, source, survey.place)
         native = _engine.Exchange(engine, shape, layout.offsets(), config.first_epoch)
         rows = {r: native.open_rows(r) for r in linked}
         return engine, native, {
@@ -106,8 +106,10 @@ def open_exchange(
     return OpenExchange(engine, native, topology)
 
 
-def _engine_of(group: EPGroup, config: Config, transport: str, source: str) -> _engine.Engine:
-    """One for all Buffers of a group. `source`: the address to use where none is asked for."""
+def _engine_of(
+    group: EPGroup, config: Config, transport: str, source: str, place: tuple[int, int]
+) -> _engine.Engine:
+    """One for all Buffers of a group. `source`: the address to use where none is asked for. `place`: Survey's."""
     key = (transport, config.interface, config.shard_bytes, config.chaos_seed)
     with group.lock:
         if key not in group.engines:
@@ -115,7 +117,7 @@ def _engine_of(group: EPGroup, config: Config, transport: str, source: str) -> _
             group.engines[key] = _engine.Engine(
                 transport=transport, interface=config.interface or source, secret=group.secret,
                 shard_bytes=config.shard_bytes, chaos_seed=seed,
-                place=survey.place[0], num_places=survey.place[1],
+                place=place[0], num_places=place[1],
             )  # fmt: skip
         return group.engines[key]
 

@@ -11,7 +11,9 @@ import moe_comm
 
 def rank_main(fn, rank, num_ranks, store_path, pipe, environment, args):
     torch.set_num_threads(1)
-    os.environ.update(environment)  # the fork server knows those of its own start only
+    for name in [n for n in os.environ if n.startswith("MOE_COMM_")]:
+        del os.environ[name]  # those of the fork server's start
+    os.environ.update(environment)
     try:
         group = moe_comm.EPGroup.from_store(
             dist.FileStore(store_path, num_ranks), rank, num_ranks, timeout_s=60
