@@ -33,6 +33,8 @@ install = $(foreach folder,$(1), \
     echo "$(IN_$(folder))" >build/$(folder)/installed; } || \
     echo "not installed here, what needs it will be skipped: $(folder)" >&2;)
 
+FAULTS := tests/faults tests/ep/test_generation_soak.py tests/cpp/test_sanitized.py
+
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := timeout --kill-after=30 $(TEST_TIMEOUT) $(BIN)/python -m pytest
@@ -41,7 +43,7 @@ ifeq ($(origin CXX),default)
 CXX := g++
 endif
 
-.PHONY: help demo test test-clients test-kernels test-rdma bench lint lint-types clean
+.PHONY: help demo test test-faults test-clients test-kernels test-rdma bench lint lint-types clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
@@ -51,8 +53,12 @@ demo: ## train a small MoE model over 4 processes and compare it with one proces
 
 test: ## the test suite (at most 10 minutes on 2 cores)
 	@.dev/setup.sh test
-	@$(PYTEST) -q -ra --maxfail=5 --durations=5 -m "not slow" \
+	@$(PYTEST) -q -ra --maxfail=5 --durations=5 -m "not slow" $(foreach tests,$(FAULTS),--ignore=$(tests)) \
 	    --ignore=tests/clients --ignore=tests/kernels --ignore=tests/soft_roce $(ARGS)
+
+test-faults: ## killed, stopped, late and wrong peers, cut links; ranks that come and go; sanitizers (at most 6 minutes)
+	@.dev/setup.sh test
+	@$(PYTEST) -q -ra --maxfail=5 --durations=5 -m "not slow" $(FAULTS) $(ARGS)
 
 test-clients: ## the frameworks that use this package, and DeepEP's interface
 	@.dev/setup.sh test

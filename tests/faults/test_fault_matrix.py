@@ -416,6 +416,9 @@ def other_secret(rank, group, backend, hops):
     return told
 
 
+NOTICED_S = 2.0
+
+
 def refused(rank, group, backend, hops):
     """Rank 3 dies between its address and its connections."""
     group = moe_comm.EPGroup.from_store(
@@ -432,7 +435,8 @@ def refused(rank, group, backend, hops):
     if rank == VICTIM:
         group._gather = die_after_the_addresses
     told = try_to_open(group, backend, hops, ranks_per_node=1)
-    assert told[1] <= TIMEOUT_S + GRACE_S + SLACK_S, told
+    # Until the transport says that the process has ended, and from then on the deadline of the gather.
+    assert told[1] <= NOTICED_S + TIMEOUT_S + GRACE_S + SLACK_S, told
     why = {
         "TransportError": "to rank 3",
         "PeerTimeout": "for ranks [3]",

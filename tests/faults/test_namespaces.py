@@ -28,6 +28,17 @@ def ip(*arguments):
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def wait_until_carried(names, seconds=10.0):
+    """The kernel says a little later that a link is up; libfabric lists interfaces once, and not those without."""
+    deadline = time.monotonic() + seconds
+    for name in names:
+        while " state UP " not in ip("-n", name, "-o", "link", "show", "wire0"):
+            if time.monotonic() > deadline:
+                raise OSError(f"wire0 of {name} is not up after {seconds} s")
+            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -61,6 +72,7 @@ def hosts(request):
             ip("-n", name, "link", "set", "wire0", "up")
         if last:
             add_away()
+        wait_until_carried(names)
     except OSError as error:
         pytest.skip(f"network namespaces cannot be made here: {error}")
     return names
