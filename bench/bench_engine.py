@@ -19,8 +19,9 @@ each completion. commands: how many a second one thread pushes and the proxy tak
 sent counter says that the bytes may be reused, one command at a time. idle: CPU time of a process with a connected
 engine that has nothing to do, over 2 s.
 
-**Traps.** floor and transport spin on both sides and need a core each; ring, user and python have two threads per
-process that hand over to each other, and on two cores wake each other: that is the price of a proxy, shown as it is. Up
+**Traps.** floor and transport spin on both sides and need a core each; ring, user and python have a second thread, the
+proxy, which steps aside while the first waits (csrc/proxy.hpp, NOTE [turns]): on a machine that does more, waits are
+long enough for both to sleep, and what is measured then is how they wake each other. Up
 to 1 MiB bandwidth is the cache's, not memory's. fabric_floor and fabric:tcp use --interface (lo): both take
 the same way.
 """
