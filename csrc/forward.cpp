@@ -136,8 +136,10 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
       const Waited waited{&call, epoch, writer, "results"};
       Status status = wait(commit_word(base_, epoch, index), epoch, waited);
       windows[g] = slot(base_, index, epoch);
-      if (status.ok() && !is_sealed(*reinterpret_cast<const Header*>(windows[g])))
-        blame(writer), status = damaged(writer);
+      if (status.ok() && !is_sealed(*reinterpret_cast<const Header*>(windows[g]))) {
+        blame(writer);
+        status = damaged(writer);
+      }
       const Header& from = *reinterpret_cast<const Header*>(windows[g]);
       const uint32_t rounds = std::max(header.rounds, status.ok() ? from.rounds : 0);
       if (header.status == kHeaderOk) {

@@ -14,8 +14,9 @@ constexpr double kIdleSleep = 0.1;     // seconds; bounds how long a heartbeat c
 constexpr double kNapSleep = 0.001;    // where a transport has no wait fd
 constexpr double kParkedNap = 0.0025;  // there, after kNapsUntilParked in which nothing came
 constexpr uint32_t kNapsUntilParked = 500;
-constexpr double kAsideNap = 0.0001;   // while others take the turns
-constexpr double kDrainTimeout = 5.0;  // seconds stop() waits for writes in flight
+constexpr double kAsideNap = 0.0001;          // while others take the turns
+constexpr uint64_t kPostedAtOnce = 16 << 10;  // bytes that whoever pushes them posts itself
+constexpr double kDrainTimeout = 5.0;         // seconds stop() waits for writes in flight
 }  // namespace
 
 // --- the thread ----------------------------------------------------------------------------------
@@ -35,6 +36,37 @@ void Proxy::stop() {
   stop_.store(true, std::memory_order_release);
   wake();
   if (thread_.joinable()) thread_.join();
+}
+
+// H2: a command on its way to the NIC begins here.
+Status Proxy::push(const Transfer& transfer, double seconds) {
+  if (slot_lost_.load(std::memory_order_relaxed)) return fault_.status();
+  if (stop_.load(std::memory_order_acquire)) return {Code::kClosed, "push: the engine is closed"};
+  const uint64_t ticket = producer_.reserve();
+  const auto start = Clock::now();
+  for (Backoff backoff; producer_.full(ticket); backoff.step()) {
+    wake();
+    if (ended_.load(std::memory_order_relaxed)) {
+      return {Code::kClosed, "push: the engine is closed"};
+    }
+    if (seconds_since(start) > seconds) {
+      Status status(Code::kTransport,
+                    "the command ring stayed full for " + std::to_string(seconds) + " s");
+      fault_.raise(status);
+      slot_lost_.store(true, std::memory_order_relaxed);  // the reserved one: nothing may follow it
+      return status;
+    }
+  }
+  producer_.publish(ticket, transfer);
+  if (transfer.num_bytes > kPostedAtOnce || !try_turn()) wake();
+  return {};
+}
+
+void Proxy::wake() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with the fence in has_work()
+  if (!sleeping_.load(std::memory_order_relaxed)) return;
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t ignored = ::write(event_.get(), &one, sizeof one);
 }
 
 void Proxy::body() noexcept {
@@ -83,6 +115,17 @@ bool Proxy::turn() {
   progress |= poll_transport(false);
   beat();
   stats_.loops.fetch_add(1, std::memory_order_relaxed);
+  return progress;
+}
+
+bool Proxy::try_turn() {
+  std::unique_lock lock(turn_mutex_, std::try_to_lock);
+  if (!lock || stop_.load(std::memory_order_acquire)) return false;
+  const bool progress = turn();
+  stats_.helped.fetch_add(progress, std::memory_order_relaxed);
+  const bool armed = std::exchange(armed_, false);  // no more: the transport was polled
+  lock.unlock();
+  if (armed) wake();
   return progress;
 }
 

@@ -36,36 +36,6 @@ bool Operation::wait(double seconds) {
 
 // --- from any thread -----------------------------------------------------------------------------
 
-Status Proxy::push(const Transfer& transfer, double seconds) {
-  if (slot_lost_.load(std::memory_order_relaxed)) return fault_.status();
-  if (stop_.load(std::memory_order_acquire)) return {Code::kClosed, "push: the engine is closed"};
-  const uint64_t ticket = producer_.reserve();
-  const auto start = Clock::now();
-  for (Backoff backoff; producer_.full(ticket); backoff.step()) {
-    wake();
-    if (ended_.load(std::memory_order_relaxed)) {
-      return {Code::kClosed, "push: the engine is closed"};
-    }
-    if (seconds_since(start) > seconds) {
-      Status status(Code::kTransport,
-                    "the command ring stayed full for " + std::to_string(seconds) + " s");
-      fault_.raise(status);
-      slot_lost_.store(true, std::memory_order_relaxed);  // the reserved one: nothing may follow it
-      return status;
-    }
-  }
-  producer_.publish(ticket, transfer);
-  if (transfer.num_bytes > kAtOnce || !try_turn()) wake();
-  return {};
-}
-
-void Proxy::wake() {
-  std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with the fence in sleep()
-  if (!sleeping_.load(std::memory_order_relaxed)) return;
-  const uint64_t one = 1;
-  [[maybe_unused]] const ssize_t ignored = ::write(event_.get(), &one, sizeof one);
-}
-
 bool Proxy::hand_over(std::function<void()> function) {
   {
     std::lock_guard lock(functions_mutex_);
@@ -86,17 +56,6 @@ void Proxy::run(const std::function<void()>& function) {
     function();
   }
   wake();  // it may have begun something
-}
-
-bool Proxy::try_turn() {
-  std::unique_lock lock(turn_mutex_, std::try_to_lock);
-  if (!lock || stop_.load(std::memory_order_acquire)) return false;
-  const bool progress = turn();
-  stats_.helped.fetch_add(progress, std::memory_order_relaxed);
-  const bool armed = std::exchange(armed_, false);  // no more: the transport was polled
-  lock.unlock();
-  if (armed) wake();
-  return progress;
 }
 
 bool Proxy::wait(Operation& operation, double seconds) {
