@@ -5,6 +5,7 @@
 **Methods**, from the bottom up; two processes on this host, 8 B to 32 MiB:
 
 - floor      fabric_floor.cpp, a loop of libfabric calls and nothing else; for shm a memcpy into a shared segment
+- floor+fd   the same loop over a completion queue that a thread could sleep on, as the engine's must be (tcp only)
 - transport  engine_pingpong.cpp: `Transport::post_write` and `poll`, the backend without its proxy thread
 - ring       the way of the exchange: command ring, proxy thread, counter word (at least 16 B)
 - user       the way of TransferEngine without Python: `Proxy::submit`, `take_immediates`
@@ -49,7 +50,7 @@ from moe_comm.bench.report import duration, progress_bar
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
-LAYERS = ("floor", "transport", "ring", "user", "python", "cost")
+LAYERS = ("floor", "floor+fd", "transport", "ring", "user", "python", "cost")
 MAX_BYTES = 32 << 20
 SIZES = (8, 4096, 65536, 1 << 20, 4 << 20, MAX_BYTES)
 DEPTH = 16
@@ -191,6 +192,8 @@ def commands(transport: str, interface: str, seconds: float) -> dict[str, list[s
     elif transport.startswith("fabric:"):  # verbs has none
         built = compile_cpp([HERE / "fabric_floor.cpp"], ["-O2", "-std=c++20"], ["-lfabric"])
         layers["floor"] = [str(built), transport.removeprefix("fabric:"), interface]
+        if transport.startswith("fabric:tcp"):
+            layers["floor+fd"] = [*layers["floor"], "fd"]
     python = [sys.executable, __file__, "--python-layer", transport, interface, str(seconds)]
     return {**layers, "python": python}
 
@@ -343,6 +346,10 @@ def goals_table(records: Sequence[Figure]) -> Table:
             if own and floor_latency:
                 ratio = own["p50_us"] / floor_latency["p50_us"]
                 judge(transport, f"{layer} / floor, {smallest} B latency", ratio, 1.3, False)
+        own, floor = (by.get((transport, name, "latency", 8)) for name in ("transport", "floor+fd"))
+        if own and floor:
+            ratio = own["p50_us"] / floor["p50_us"]
+            judge(transport, "transport / floor+fd, 8 B latency", ratio, 1.3, False)
         idle = by.get((transport, "ring", "idle", 0))
         if idle:
             judge(transport, "idle proxy, % of a core", idle["cpu_percent"], 1.0, False)

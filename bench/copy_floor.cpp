@@ -1,8 +1,10 @@
-// What must any exchange over shared memory do at least? The same rows, copied by plain loops: none of our code, no
-// protocol, no allocation. moe_comm/bench/floor.py compiles this file, makes the tables and runs it in every rank at once.
+// What must any exchange over shared memory do at least? The same rows, copied by plain loops: none
+// of our code, no protocol, no allocation. moe_comm/bench/floor.py compiles this file, makes the
+// tables and runs it in every rank at once.
 //
-// dispatch: x -> the readers' slots, barrier, slots -> rows (own rows straight from x). combine: rows -> the sources'
-// slots, barrier, sum in fp32 -> out. Two banks of slots, so that one barrier in each is enough. bf16.
+// dispatch: x -> the readers' slots, barrier, slots -> rows (own rows straight from x). combine:
+// rows -> the sources' slots, barrier, sum in fp32 -> out. Two banks of slots, so that one barrier
+// in each is enough. bf16.
 #include <sched.h>
 
 #include <atomic>
@@ -17,15 +19,15 @@
 
 struct Tables {  // starts: prefix sums, one more than entries
   int64_t rank, ranks, tokens, items, slot_bytes;
-  char* const* bases;             // [R] every rank's segment
-  const int64_t* send_starts;     // [R + 1] of send_tokens, by reader
+  char* const* bases;          // [R] every rank's segment
+  const int64_t* send_starts;  // [R + 1] of send_tokens, by reader
   const int64_t* send_tokens;
   const int64_t* receive_starts;  // [R + 1] received rows by source
   const int64_t* place_starts;    // [received rows + 1] of places; null: row i has the one place i
   const int64_t* places;
   const float* place_weights;
-  const int64_t* term_starts;     // [T + 1] of terms
-  const int64_t* term_ranks;      // a term: the rank that returns it, and which of my rows to it
+  const int64_t* term_starts;  // [T + 1] of terms
+  const int64_t* term_ranks;   // a term: the rank that returns it, and which of my rows to it
   const int64_t* term_rows;
   char *x, *rows, *out;
 };
@@ -54,14 +56,17 @@ void barrier(const Tables& t) {
   }
 }
 
-inline __attribute__((always_inline)) float load(uint16_t bits) { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
+inline __attribute__((always_inline)) float load(uint16_t bits) {
+  return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+}
 inline __attribute__((always_inline)) uint16_t round_off(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 // out = the terms, each times its weight (null: 1), added in fp32.
-CLONES void sum(char* out, const char* const* terms, const float* weights, int64_t count, int64_t items) {
+CLONES void sum(char* out, const char* const* terms, const float* weights, int64_t count,
+                int64_t items) {
   if (count == 1 && !weights) {
     std::memcpy(out, terms[0], items * 2);
     return;
@@ -136,7 +141,8 @@ extern "C" void floor_combine(const Tables* tables) {
     const int64_t first = t.term_starts[token], count = t.term_starts[token + 1] - first;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t r = t.term_ranks[first + k], i = t.term_rows[first + k];
-      terms[k] = r == t.rank && !t.place_starts ? t.rows + (t.receive_starts[r] + i) * row : slot(t, t.rank, r) + i * row;
+      terms[k] = r == t.rank && !t.place_starts ? t.rows + (t.receive_starts[r] + i) * row
+                                                : slot(t, t.rank, r) + i * row;
     }
     sum(t.out + token * row, terms, nullptr, count, t.items);
   }

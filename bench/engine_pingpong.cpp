@@ -1,17 +1,20 @@
-// What does the engine take for a write with an immediate? bench_engine.py compiles this with csrc and compares it with
-// fabric_floor.cpp, which does the same with nothing but libfabric.
+// What does the engine take for a write with an immediate? bench_engine.py compiles this with csrc
+// and compares it with fabric_floor.cpp, which does the same with nothing but libfabric.
 //
-//   engine_pingpong TRANSPORT INTERFACE LAYER [SECONDS]      INTERFACE: "-" for the transport's own choice
+//   engine_pingpong TRANSPORT INTERFACE LAYER [SECONDS]      INTERFACE: "-" for the transport's own
+//   choice
 //
 // LAYER: transport  Transport::post_write and poll, both sides spinning: the backend alone
-//        ring       what the exchange uses: command ring -> proxy -> counter word (16 B is its least message)
-//        user       what TransferEngine uses: Proxy::submit and take_immediates
-//        cost       the backend again, in bursts of 16 B over 1, 8 and 64 connections: CPU time of a post, of a completion
-//        memcpy     no peer: memcpy into a shared segment, the roof for shm (LAYER alone matters)
-// Methods: two processes. latency: ping-pong, half a round trip. bandwidth: 16 writes in flight, each with an immediate,
-// from the first post to the last local completion. turnaround (ring): from push() to the sent counter, one at a time.
-// commands (ring): how many the proxy takes from the ring, of a closed channel, which it then drops. idle (ring): CPU of a process whose connected proxy has nothing to do.
-// One JSON line per figure; 10^9 bytes/s, payload only.
+//        ring       what the exchange uses: command ring -> proxy -> counter word (16 B is its
+//        least message) user       what TransferEngine uses: Proxy::submit and take_immediates cost
+//        the backend again, in bursts of 16 B over 1, 8 and 64 connections: CPU time of a post, of
+//        a completion memcpy     no peer: memcpy into a shared segment, the roof for shm (LAYER
+//        alone matters)
+// Methods: two processes. latency: ping-pong, half a round trip. bandwidth: 16 writes in flight,
+// each with an immediate, from the first post to the last local completion. turnaround (ring): from
+// push() to the sent counter, one at a time. commands (ring): how many the proxy takes from the
+// ring, of a closed channel, which it then drops. idle (ring): CPU of a process whose connected
+// proxy has nothing to do. One JSON line per figure; 10^9 bytes/s, payload only.
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -59,20 +62,23 @@ double now_us() {
 struct Figures {
   const char *transport, *layer;
   void print(const char* what, size_t bytes, const std::string& values) const {
-    printf("{\"bench\": \"engine\", \"transport\": \"%s\", \"layer\": \"%s\", \"what\": \"%s\", \"bytes\": %zu, %s}\n",
-           transport, layer, what, bytes, values.c_str());
+    printf(
+        "{\"bench\": \"engine\", \"transport\": \"%s\", \"layer\": \"%s\", \"what\": \"%s\", "
+        "\"bytes\": %zu, %s}\n",
+        transport, layer, what, bytes, values.c_str());
     fflush(stdout);
   }
   void latency(size_t bytes, std::vector<double>& half) const {
     std::sort(half.begin(), half.end());
     char text[128];
-    snprintf(text, sizeof text, "\"p50_us\": %.2f, \"p99_us\": %.2f, \"iterations\": %zu", half[half.size() / 2],
-             half[half.size() * 99 / 100], half.size());
+    snprintf(text, sizeof text, "\"p50_us\": %.2f, \"p99_us\": %.2f, \"iterations\": %zu",
+             half[half.size() / 2], half[half.size() * 99 / 100], half.size());
     print("latency", bytes, text);
   }
   void bandwidth(size_t bytes, long count, double us) const {
     char text[128];
-    snprintf(text, sizeof text, "\"gb_per_s\": %.3f, \"writes_per_s\": %.0f", bytes * count / us * 1e-3, count / us * 1e6);
+    snprintf(text, sizeof text, "\"gb_per_s\": %.3f, \"writes_per_s\": %.0f",
+             bytes * count / us * 1e-3, count / us * 1e6);
     print("bandwidth", bytes, text);
   }
 };
@@ -81,7 +87,8 @@ struct Wire {  // to the other process, while connecting
   int fd;
   void put(std::span<const std::byte> bytes) {
     const uint64_t size = bytes.size();
-    if (::write(fd, &size, sizeof size) < 0 || (size && ::write(fd, bytes.data(), size) < 0)) die("wire");
+    if (::write(fd, &size, sizeof size) < 0 || (size && ::write(fd, bytes.data(), size) < 0))
+      die("wire");
   }
   std::vector<std::byte> get() {
     uint64_t size = 0;
@@ -97,7 +104,8 @@ struct Wire {  // to the other process, while connecting
   void meet() { swap({}); }
 };
 
-// One end of a connection to the other process. `sent` and `arrived` count what was seen to be complete.
+// One end of a connection to the other process. `sent` and `arrived` count what was seen to be
+// complete.
 class Layer {
  public:
   virtual ~Layer() = default;
@@ -214,7 +222,8 @@ class UserLayer final : public EngineLayer {
  public:
   using EngineLayer::EngineLayer;
   void write(size_t bytes) override {
-    operations_.push_back(proxy().submit({{peer_, &region_, 0, bytes, &remote_, 0, true, kValue}}, nullptr));
+    operations_.push_back(
+        proxy().submit({{peer_, &region_, 0, bytes, &remote_, 0, true, kValue}}, nullptr));
     ++posted_;
   }
   void until_sent(long count) override {
@@ -225,7 +234,8 @@ class UserLayer final : public EngineLayer {
     }
   }
   void until_arrived(long count) override {
-    if (count > arrived_ && !proxy().take_immediates(kValue, static_cast<uint64_t>(count - arrived_), kLimit)) {
+    if (count > arrived_ &&
+        !proxy().take_immediates(kValue, static_cast<uint64_t>(count - arrived_), kLimit)) {
       die("an immediate did not come");
     }
     arrived_ = std::max(arrived_, count);
@@ -239,7 +249,8 @@ class UserLayer final : public EngineLayer {
 // Connections to one process, written to in turn. The other process polls until the first is done.
 class Cost {
  public:
-  Cost(const std::string& name, const std::string& interface, Wire& wire) : wire_(wire), transport_(open(name, interface)) {
+  Cost(const std::string& name, const std::string& interface, Wire& wire)
+      : wire_(wire), transport_(open(name, interface)) {
     region_ = check(transport_->register_memory(segment_.bytes(), MemoryKind::kHost));
     remote_ = check(parse_region(wire.swap(serialise(describe(region_)))));
     address_ = wire.swap(transport_->info().address);
@@ -318,17 +329,21 @@ void Cost::measure(size_t num_peers, double seconds, const Figures& figures) {
   std::sort(take.begin(), take.end());
   char text[192];
   snprintf(text, sizeof text,
-           "\"peers\": %zu, \"post_ns\": %.1f, \"post_p99_ns\": %.1f, \"completion_ns\": %.1f, \"refused\": %ld, "
+           "\"peers\": %zu, \"post_ns\": %.1f, \"post_p99_ns\": %.1f, \"completion_ns\": %.1f, "
+           "\"refused\": %ld, "
            "\"iterations\": %zu",
-           num_peers, post[post.size() / 2], post[post.size() * 99 / 100], take[take.size() / 2], refused, post.size());
+           num_peers, post[post.size() / 2], post[post.size() * 99 / 100], take[take.size() / 2],
+           refused, post.size());
   figures.print("cost", 16, text);
 }
 
-// A row of immediates holds two epochs at a time: write i goes by channel i % (depth / 2), in its turn there.
+// A row of immediates holds two epochs at a time: write i goes by channel i % (depth / 2), in its
+// turn there.
 class RingLayer final : public EngineLayer {
  public:
   static constexpr long kChannels = kDepth / kNumBanks;
-  RingLayer(const std::string& name, const std::string& interface, Wire& wire) : EngineLayer(name, interface, wire) {
+  RingLayer(const std::string& name, const std::string& interface, Wire& wire)
+      : EngineLayer(name, interface, wire) {
     uint32_t rows[kChannels];
     for (long c = 0; c < kChannels; ++c) {
       RowTarget target{{&arrived_[c][0], &arrived_[c][1]}, &bell_, "engine_pingpong"};
@@ -338,12 +353,14 @@ class RingLayer final : public EngineLayer {
     for (long c = 0; c < kChannels; ++c) {
       uint32_t row;
       std::memcpy(&row, theirs.data() + c * sizeof row, sizeof row);
-      channels_[c] = check(proxy().open_channel({peer_, &region_, remote_, row, {&sent_[c][0], &sent_[c][1]}, &bell_}));
+      channels_[c] = check(proxy().open_channel(
+          {peer_, &region_, remote_, row, {&sent_[c][0], &sent_[c][1]}, &bell_}));
     }
   }
   void write(size_t bytes) override {
     const auto [channel, epoch] = place(posted_);
-    check(proxy().push({channels_[channel], static_cast<uint32_t>(epoch & 0xffff), 0, 0, bytes}, kLimit));
+    check(proxy().push({channels_[channel], static_cast<uint32_t>(epoch & 0xffff), 0, 0, bytes},
+                       kLimit));
     ++posted_;
   }
   void until_sent(long count) override {  // each of our writes before `count`, in any order
@@ -360,9 +377,11 @@ class RingLayer final : public EngineLayer {
   }
   size_t least_bytes() const override { return 16; }
 
-  // How many commands a second go through the ring: those of a closed channel, which the proxy takes and drops.
+  // How many commands a second go through the ring: those of a closed channel, which the proxy
+  // takes and drops.
   double commands_per_s(double seconds) {
-    const uint32_t closed = check(proxy().open_channel({peer_, &region_, remote_, 0, {nullptr, nullptr}, nullptr}));
+    const uint32_t closed =
+        check(proxy().open_channel({peer_, &region_, remote_, 0, {nullptr, nullptr}, nullptr}));
     proxy().close_channel(closed);
     const uint64_t before = proxy().stats().commands.load();
     uint64_t pushed = 0;
@@ -392,7 +411,8 @@ class RingLayer final : public EngineLayer {
 // --- what is measured ----------------------------------------------------------------------------
 
 // The first process decides when to stop; its last ping says so in its first byte.
-void ping_pong(Layer& layer, bool first, size_t bytes, double seconds, long& expected, const Figures& figures) {
+void ping_pong(Layer& layer, bool first, size_t bytes, double seconds, long& expected,
+               const Figures& figures) {
   std::vector<double> half;
   const double begin = now_us();
   constexpr int kWarm = 50;
@@ -417,9 +437,10 @@ void ping_pong(Layer& layer, bool first, size_t bytes, double seconds, long& exp
   if (first) figures.latency(bytes, half);
 }
 
-void stream(Layer& layer, bool first, size_t bytes, double seconds, long& expected, const Figures& figures) {
-  const long count = std::clamp<long>(static_cast<long>(seconds * 4e9 / static_cast<double>(bytes)), 2 * kDepth,
-                                      static_cast<long>(seconds * 40000));
+void stream(Layer& layer, bool first, size_t bytes, double seconds, long& expected,
+            const Figures& figures) {
+  const long count = std::clamp<long>(static_cast<long>(seconds * 4e9 / static_cast<double>(bytes)),
+                                      2 * kDepth, static_cast<long>(seconds * 40000));
   if (!first) {
     layer.until_arrived(expected += count);
     layer.write(layer.least_bytes());
@@ -446,8 +467,8 @@ void turnaround(Layer& layer, double seconds, const Figures& figures) {
   }
   std::sort(times.begin(), times.end());
   char text[128];
-  snprintf(text, sizeof text, "\"p50_us\": %.2f, \"p99_us\": %.2f, \"iterations\": %zu", times[times.size() / 2],
-           times[times.size() * 99 / 100], times.size());
+  snprintf(text, sizeof text, "\"p50_us\": %.2f, \"p99_us\": %.2f, \"iterations\": %zu",
+           times[times.size() / 2], times[times.size() * 99 / 100], times.size());
   figures.print("turnaround", layer.least_bytes(), text);
 }
 
@@ -455,7 +476,8 @@ void idle(double seconds, const Figures& figures) {
   auto cpu_s = [] {
     rusage usage{};
     getrusage(RUSAGE_SELF, &usage);
-    return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
+    return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec +
+           (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1e-6;
   };
   usleep(200'000);
   const double start = cpu_s();
@@ -469,7 +491,8 @@ void copy_floor(double seconds, const Figures& figures) {
   auto segment = check(SharedSegment::create("engine_pingpong", kMaxBytes));
   std::vector<char> source(kMaxBytes, 1);
   std::memset(segment.data(), 1, kMaxBytes);
-  for (const size_t bytes : {size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
+  for (const size_t bytes :
+       {size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
     long count = 0;
     const double start = now_us();
     for (; now_us() - start < seconds * 5e5; ++count) {
@@ -480,8 +503,8 @@ void copy_floor(double seconds, const Figures& figures) {
   }
 }
 
-int cost(const std::string& transport, const std::string& interface, Wire& wire, pid_t child, double seconds,
-         const Figures& figures) {
+int cost(const std::string& transport, const std::string& interface, Wire& wire, pid_t child,
+         double seconds, const Figures& figures) {
   const bool first = child != 0;
   {
     Cost cost(transport, interface, wire);
@@ -503,7 +526,8 @@ int cost(const std::string& transport, const std::string& interface, Wire& wire,
 
 int main(int argc, char** argv) {
   if (argc < 4) die("TRANSPORT INTERFACE LAYER [SECONDS]");
-  const std::string transport = argv[1], interface = strcmp(argv[2], "-") == 0 ? "" : argv[2], name = argv[3];
+  const std::string transport = argv[1], interface = strcmp(argv[2], "-") == 0 ? "" : argv[2],
+                    name = argv[3];
   const double seconds = argc > 4 ? atof(argv[4]) : 1.0;
   const Figures figures{argv[1], argv[3]};
   if (name == "memcpy") return copy_floor(seconds, figures), 0;
@@ -523,10 +547,12 @@ int main(int argc, char** argv) {
   wire.meet();
   long expected = 0;
   const size_t least = layer->least_bytes();
-  for (const size_t bytes : {least, size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
+  for (const size_t bytes :
+       {least, size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
     ping_pong(*layer, first, bytes, seconds * (bytes == least ? 1 : 0.3), expected, figures);
   }
-  for (const size_t bytes : {size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
+  for (const size_t bytes :
+       {size_t{4096}, size_t{65536}, size_t{1} << 20, size_t{4} << 20, kMaxBytes}) {
     stream(*layer, first, bytes, seconds, expected, figures);
   }
   meet_polling(*layer, wire);

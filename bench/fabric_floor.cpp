@@ -2,13 +2,14 @@
 // processes: none of our code, so it is the floor that bench_engine.py compares the engine with.
 //
 //   g++ -O2 -std=c++20 bench/fabric_floor.cpp -o fabric_floor -lfabric
-//   fabric_floor PROVIDER [DOMAIN | -] [delivery]      fabric_floor "tcp;ofi_rxm" lo
+//   fabric_floor PROVIDER [DOMAIN | -] [delivery] [fd]      fabric_floor "tcp;ofi_rxm" lo
 //
 // DOMAIN: interface or device, as fi_info calls it. Methods: both sides spin on one completion
 // queue. latency: 8 B ping-pong, 20 000 rounds, half a round trip. bandwidth: 16 writes in flight,
 // each with an immediate, from the first post to the last local completion (libfabric's default;
-// with `delivery`, FI_DELIVERY_COMPLETE: the peer has the bytes). One JSON line per figure;
-// 10^9 bytes/s, payload only.
+// with `delivery`, FI_DELIVERY_COMPLETE: the peer has the bytes). With `fd` the queue is one that a
+// thread could sleep on: it signals a file descriptor, also to those that spin. One JSON line per
+// figure; 10^9 bytes/s, payload only.
 #include <rdma/fabric.h>
 #include <rdma/fi_cm.h>
 #include <rdma/fi_domain.h>
@@ -70,7 +71,7 @@ struct Side {
     TRY(rc);
   }
 
-  void open(const char* provider, const char* domain_name, bool delivery, int wire) {
+  void open(const char* provider, const char* domain_name, bool delivery, bool fd, int wire) {
     fi_info* hints = fi_allocinfo();
     hints->ep_attr->type = FI_EP_RDM;
     hints->caps = FI_MSG | FI_RMA;
@@ -87,6 +88,7 @@ struct Side {
     fi_cq_attr cq_attr{};
     cq_attr.format = FI_CQ_FORMAT_DATA;
     cq_attr.size = 1024;
+    if (fd) cq_attr.wait_obj = FI_WAIT_FD;
     TRY(fi_av_open(domain, &av_attr, &av, nullptr));
     TRY(fi_cq_open(domain, &cq_attr, &cq, nullptr));
     TRY(fi_endpoint(domain, info, &ep, nullptr));
@@ -124,14 +126,18 @@ double now_us() {
 int main(int argc, char** argv) {
   const char* provider = argc > 1 ? argv[1] : "tcp;ofi_rxm";
   const char* domain = argc > 2 && strcmp(argv[2], "-") != 0 ? argv[2] : nullptr;
-  const bool delivery = argc > 3 && strcmp(argv[3], "delivery") == 0;
+  bool delivery = false, fd = false;
+  for (int i = 3; i < argc; ++i) {
+    delivery |= strcmp(argv[i], "delivery") == 0;
+    fd |= strcmp(argv[i], "fd") == 0;
+  }
   int wires[2];
   TRY(socketpair(AF_UNIX, SOCK_STREAM, 0, wires));
   const pid_t child = fork();
   const bool first = child != 0;
   if (!first) prctl(PR_SET_PDEATHSIG, SIGKILL);
   static Side side;
-  side.open(provider, domain, delivery, wires[first]);
+  side.open(provider, domain, delivery, fd, wires[first]);
   auto until = [&](const long& counter, long value) {
     while (counter < value) side.progress();
   };

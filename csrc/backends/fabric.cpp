@@ -115,7 +115,6 @@ class FabricTransport final : public Transport {
   void add_write();
   ssize_t give(Write& write, const iovec& from, void* descriptor, uint64_t flags, uint32_t data);
   void ring();
-  Status check(const Peer& peer, const WriteRequest& request) const;
   Status on_refused_post(uint32_t index, ssize_t rc);
   size_t take_events(std::span<Completion> out, size_t n);
   size_t read_queue(std::span<Completion> out, size_t n);
@@ -224,34 +223,12 @@ Result<MemoryRegion> FabricTransport::register_memory(std::span<std::byte> bytes
 
 // --- writes --------------------------------------------------------------------------------------
 
-Status FabricTransport::check(const Peer& peer, const WriteRequest& request) const {
-  if (peer.state == Peer::kConnecting)
-    return {Code::kInvalid, info_.name + ": " + peer.text + " is not ready yet"};
-  if (peer.state != Peer::kReady)
-    return {Code::kPeerLost, info_.name + ": " + peer.text + " is gone"};
-  if (request.remote == nullptr)
-    return {Code::kInvalid, info_.name + ": a write needs a remote region, even of 0 bytes"};
-  const uint64_t local_bytes = request.local ? request.local->bytes.size() : 0;
-  const bool fits =
-      request.num_bytes <= info_.capabilities.max_message_bytes &&
-      request.remote_offset <= request.remote->num_bytes &&
-      request.num_bytes <= request.remote->num_bytes - request.remote_offset &&
-      (request.num_bytes == 0 || (request.local_offset <= local_bytes &&
-                                  request.num_bytes <= local_bytes - request.local_offset));
-  if (fits) return {};
-  return {Code::kInvalid, info_.name + ": a write of " + std::to_string(request.num_bytes) +
-                              " bytes from offset " + std::to_string(request.local_offset) +
-                              " of " + std::to_string(local_bytes) + " to offset " +
-                              std::to_string(request.remote_offset) + " of " +
-                              std::to_string(request.remote->num_bytes) + " does not fit"};
-}
-
 Status FabricTransport::post_write(const WriteRequest& request) {
   const auto index = static_cast<uint32_t>(request.peer);
   if (index >= peers_.size())
     return {Code::kInvalid, info_.name + ": no peer " + std::to_string(index)};
   Peer& peer = peers_[index];
-  if (Status status = check(peer, request); !status.ok()) [[unlikely]]
+  if (Status status = check_write(info_, peer, request); !status.ok()) [[unlikely]]
     return status;
   if (free_writes_.empty()) return Status::again();
 
@@ -405,6 +382,7 @@ size_t FabricTransport::read_queue(std::span<Completion> out, size_t n) {
     for (ssize_t i = 0; i < count; ++i) {
       if (on_entry(entries[i], out[n])) ++n;
     }
+    if (static_cast<size_t>(count) < room) break;  // to see that it is empty costs a system call
   }
   return n;
 }

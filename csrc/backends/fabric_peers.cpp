@@ -2,14 +2,11 @@
 
 #if MOE_COMM_HAVE_FABRIC
 
-#include <sys/random.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <fstream>
 
 namespace moe_comm {
 namespace {
@@ -38,31 +35,9 @@ struct FabricHello {
   FabricName from;
 };
 
-namespace {
-
-uint64_t random_word() {
-  uint64_t word = 0;
-  if (getrandom(&word, sizeof word, 0) == sizeof word) return word;
-  return static_cast<uint64_t>(Clock::now().time_since_epoch().count());
-}
-
-uint64_t host_id() {
-  std::string text;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> text;
-  struct stat space{};
-  const bool known = !text.empty() && stat("/proc/self/ns/pid", &space) == 0;
-  if (!known) return random_word();  // then nobody else is on this host
-  text += std::to_string(space.st_ino);
-  uint64_t hash = 0xcbf29ce484222325;
-  for (char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
-  return hash;
-}
-
-}  // namespace
-
 FabricPeers::FabricPeers(Secret secret, std::shared_ptr<FabricDevice> device,
                          std::string transport_name)
-    : secret_(secret), name_(std::move(transport_name)), device_(std::move(device)) {}
+    : PeerTable(std::move(transport_name)), secret_(secret), device_(std::move(device)) {}
 
 FabricPeers::~FabricPeers() = default;
 
@@ -162,21 +137,10 @@ Result<PeerId> FabricPeers::connect(const Address& address) {
   auto remote = use_address(name);
   if (!remote.ok()) return remote.status().with_prefix(name_ + ": ");
 
-  const auto index = static_cast<uint32_t>(peers_.size());
-  Peer& peer = peers_.emplace_back();
+  Peer& peer = add(remote.value()->second.text + ", process " + std::to_string(name.pid));
   peer.remote = remote.value();
-  peer.nonce = random_word();
-  peer.started = peer.next_hello = Clock::now();
-  peer.text = "peer " + std::to_string(index) + " (" + peer.remote->second.text + ", process " +
-              std::to_string(name.pid) + ")";
-  connecting_.push_back(index);
-  if (name.host == own_.host && name.pid != own_.pid) {
-    if (auto watch = ProcessWatch::open(name.pid); watch.ok()) {
-      peer.watch = std::make_unique<ProcessWatch>(std::move(watch.value()));
-    } else if (kill(static_cast<pid_t>(name.pid), 0) != 0 && errno == ESRCH) {
-      settle(index, Completion::Kind::kPeerRefused, {Code::kPeerLost, "its process has ended"});
-    }
-  }
+  const auto index = static_cast<uint32_t>(peers_.size() - 1);
+  watch(index, name.host, name.pid);
   next_tend_ = {};
   tend(Clock::now());
   return PeerId{index};
@@ -189,40 +153,12 @@ void FabricPeers::close(Peer& peer) {
   release(peer.remote);
 }
 
-void FabricPeers::settle(uint32_t index, Completion::Kind kind, const Status& status) {
-  Peer& peer = peers_[index];
-  if (peer.state == Peer::kLost || peer.state == Peer::kClosed) return;
-  std::erase(connecting_, index);
-  peer.state = kind == Completion::Kind::kPeerReady ? Peer::kReady : Peer::kLost;
-  if (peer.state == Peer::kLost) peer.watch.reset();
-  auto& list = kind == Completion::Kind::kPeerLost ? losses_ : events;
-  Completion& event = list.emplace_back();
-  event.kind = kind;
-  event.peer = PeerId{index};
-  if (!status.ok()) event.status = status.with_prefix(name_ + ": " + peer.text + ": ");
-}
-
-void FabricPeers::on_queue_empty() {
-  if (losses_.empty()) return;
-  std::move(losses_.begin(), losses_.end(), std::back_inserter(events));
-  losses_.clear();
-}
-
-void FabricPeers::lose_all(const Status& status) {
-  for (uint32_t i = 0; i < peers_.size(); ++i) {
-    const bool was_ready = peers_[i].state == Peer::kReady;
-    settle(i, was_ready ? Completion::Kind::kPeerLost : Completion::Kind::kPeerRefused, status);
-  }
-}
-
 void FabricPeers::on_answer(const FabricHello& hello) {
   if (hello.peer >= peers_.size()) return;
   const Peer& peer = peers_[hello.peer];
   if (peer.state != Peer::kConnecting || peer.nonce != hello.nonce) return;  // late or repeated
   if (hello.kind == HelloKind::kRefuse) {
-    const Status refused(Code::kMismatch,
-                         "refused: it belongs to another job (its secret is another)");
-    settle(hello.peer, Completion::Kind::kPeerRefused, refused);
+    refuse(hello.peer);
   } else if (hello.kind == HelloKind::kAccept && hello.secret == secret_) {
     settle(hello.peer, Completion::Kind::kPeerReady, {});
   }
@@ -339,13 +275,7 @@ void FabricPeers::tend(Clock::time_point now) {
       send_hello(hello, peer.remote, index);
     }
   }
-  for (uint32_t i = 0; i < peers_.size(); ++i) {
-    Peer& peer = peers_[i];
-    if (!peer.watch || !peer.watch->ended()) continue;
-    const bool was_ready = peer.state == Peer::kReady;
-    settle(i, was_ready ? Completion::Kind::kPeerLost : Completion::Kind::kPeerRefused,
-           {Code::kPeerLost, "its process has ended"});
-  }
+  look_at_processes();
   const bool busy = !connecting_.empty() || !unsent_.empty() || !unposted_.empty();
   next_tend_ = now + (busy ? kRetryInterval : kWatchInterval);
 }

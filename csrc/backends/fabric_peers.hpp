@@ -20,6 +20,7 @@
 
 #include "../wait.hpp"
 #include "fabric_handles.hpp"
+#include "peers.hpp"
 
 namespace moe_comm {
 
@@ -42,31 +43,31 @@ struct FabricName {
 };
 static_assert(sizeof(FabricName) == 256);
 
+struct FabricRemote {  // an address in the address vector
+  fi_addr_t address = FI_ADDR_NOTAVAIL;
+  uint32_t uses = 0;      // by peers, writes and messages
+  bool accepted = false;  // writes to us: stays, removing it could close its connection
+  std::string text;
+};
+using FabricRemotes = std::map<std::string, FabricRemote>;
+
+struct FabricPeer : NetworkPeer {
+  FabricRemotes::iterator remote;
+  uint32_t in_flight = 0;   // writes
+  bool hello_sent = false;  // libfabric has it, or tend() will try again
+  bool stuck = false;       // nothing in flight and nothing can be posted
+  Clock::time_point stuck_since;
+};
+
 struct FabricHello;
 
-class FabricPeers {
+class FabricPeers : public PeerTable<FabricPeer> {
  public:
   static constexpr size_t kNumSends = 64;  // hellos and answers under way, at most
 
-  struct Remote {  // an address in the address vector
-    fi_addr_t address = FI_ADDR_NOTAVAIL;
-    uint32_t uses = 0;      // by peers, writes and messages
-    bool accepted = false;  // writes to us: stays, removing it could close its connection
-    std::string text;
-  };
-  using RemoteRef = std::map<std::string, Remote>::iterator;
-
-  struct Peer {
-    enum State { kConnecting, kReady, kLost, kClosed } state = kConnecting;
-    RemoteRef remote;
-    uint64_t nonce = 0;
-    uint32_t in_flight = 0;   // writes
-    bool hello_sent = false;  // libfabric has it, or tend() will try again
-    bool stuck = false;       // nothing in flight and nothing can be posted
-    Clock::time_point started, next_hello, stuck_since;
-    std::unique_ptr<ProcessWatch> watch;  // of peers on this host
-    std::string text;                     // "peer 3 (fi_sockaddr_in://10.0.0.7:4711, process 99)"
-  };
+  using Remote = FabricRemote;
+  using RemoteRef = FabricRemotes::iterator;
+  using Peer = FabricPeer;
 
   struct Message : FabricOperation {
     FabricHello* body = nullptr;
@@ -88,12 +89,7 @@ class FabricPeers {
 
   Result<PeerId> connect(const Address& address);
   void close(Peer& peer);  // its writes are the caller's to end
-  size_t size() const { return peers_.size(); }
-  Peer& operator[](uint32_t index) { return peers_[index]; }
   void release(RemoteRef remote);
-  // Says so by an event, unless the peer was settled so before. `status`: without the peer's name.
-  void settle(uint32_t index, Completion::Kind kind, const Status& status);
-  void lose_all(const Status& status);
   void tend(Clock::time_point now);  // what happens by time and not by completion
 
   void on_sent(Message& message);  // well or not
@@ -101,9 +97,7 @@ class FabricPeers {
   void on_receive_failed(Message& message) { unposted_.push_back(&message); }
   bool owns(const void* context) const;
   // The completion queue was seen empty: what lost peers wrote has been told, their loss may be.
-  void on_queue_empty();
-
-  std::vector<Completion> events;  // for the next poll
+  void on_queue_empty() { tell_losses(); }
 
  private:
   Result<RemoteRef> use_address(const FabricName& name);
@@ -118,7 +112,6 @@ class FabricPeers {
   }
 
   const Secret secret_;
-  const std::string name_;  // of the transport, for texts
   std::shared_ptr<FabricDevice> device_;
   AvHandle av_;
   fid_ep* endpoint_ = nullptr;
@@ -129,10 +122,7 @@ class FabricPeers {
   std::vector<Message*> free_;      // to send with
   std::vector<Message*> unsent_;    // tried again by tend()
   std::vector<Message*> unposted_;  // receives, likewise
-  std::deque<Peer> peers_;          // by PeerId
-  std::vector<uint32_t> connecting_;
-  std::map<std::string, Remote> remotes_;
-  std::vector<Completion> losses_;  // last words may still be in the queue: for on_queue_empty()
+  FabricRemotes remotes_;
   Clock::time_point next_tend_{};
 };
 

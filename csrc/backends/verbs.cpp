@@ -100,7 +100,6 @@ class VerbsTransport final : public Transport {
 
   Status make_queues();
   Status post_receives(uint32_t lane, uint32_t count);
-  Status check(const Peer& peer, const WriteRequest& request) const;
   void give(uint32_t lane);  // its chain to the NIC
   void give_all();
   size_t report(std::span<Completion> out, size_t n);
@@ -217,33 +216,11 @@ Result<PeerId> VerbsTransport::connect(const Address& address) {
 
 // --- writes --------------------------------------------------------------------------------------
 
-Status VerbsTransport::check(const Peer& peer, const WriteRequest& request) const {
-  if (peer.state == Peer::kConnecting)
-    return {Code::kInvalid, info_.name + ": " + peer.text + " is not ready yet"};
-  if (peer.state != Peer::kReady)
-    return {Code::kPeerLost, info_.name + ": " + peer.text + " is gone"};
-  if (request.remote == nullptr)
-    return {Code::kInvalid, info_.name + ": a write needs a remote region, even of 0 bytes"};
-  const uint64_t local_bytes = request.local ? request.local->bytes.size() : 0;
-  const bool fits =
-      request.num_bytes <= info_.capabilities.max_message_bytes &&
-      request.remote_offset <= request.remote->num_bytes &&
-      request.num_bytes <= request.remote->num_bytes - request.remote_offset &&
-      (request.num_bytes == 0 || (request.local_offset <= local_bytes &&
-                                  request.num_bytes <= local_bytes - request.local_offset));
-  if (fits) return {};
-  return {Code::kInvalid, info_.name + ": a write of " + std::to_string(request.num_bytes) +
-                              " bytes from offset " + std::to_string(request.local_offset) +
-                              " of " + std::to_string(local_bytes) + " to offset " +
-                              std::to_string(request.remote_offset) + " of " +
-                              std::to_string(request.remote->num_bytes) + " does not fit"};
-}
-
 Status VerbsTransport::post_write(const WriteRequest& request) {
   const auto index = static_cast<uint32_t>(request.peer);
   if (index >= peers_.size())
     return {Code::kInvalid, info_.name + ": no peer " + std::to_string(index)};
-  if (Status status = check(peers_[index], request); !status.ok()) [[unlikely]]
+  if (Status status = check_write(info_, peers_[index], request); !status.ok()) [[unlikely]]
     return status;
   const bool is_users = request.has_immediate && request.immediate.is_user();
   const uint32_t number = kNumLanes * index + (is_users ? kUserLane : kProtocolLane);

@@ -2,16 +2,12 @@
 
 #if MOE_COMM_HAVE_VERBS
 
-#include <signal.h>
 #include <sys/mman.h>
-#include <sys/random.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <fstream>
 
 namespace moe_comm {
 namespace {
@@ -48,31 +44,13 @@ static_assert(sizeof(VerbsHello) + kGrhBytes <= kSlotBytes);
 
 namespace {
 
-uint64_t random_word() {
-  uint64_t word = 0;
-  if (getrandom(&word, sizeof word, 0) == sizeof word) return word;
-  return static_cast<uint64_t>(Clock::now().time_since_epoch().count());
-}
-
-uint64_t host_id() {
-  std::string text;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> text;
-  struct stat space{};
-  const bool known = !text.empty() && stat("/proc/self/ns/pid", &space) == 0;
-  if (!known) return random_word();  // then nobody else is on this host
-  text += std::to_string(space.st_ino);
-  uint64_t hash = 0xcbf29ce484222325;
-  for (char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
-  return hash;
-}
-
 bool is_same(const VerbsName& a, const VerbsName& b) { return std::memcmp(&a, &b, sizeof a) == 0; }
 
 }  // namespace
 
 VerbsPeers::VerbsPeers(Secret secret, std::shared_ptr<VerbsDevice> device,
                        std::string transport_name)
-    : secret_(secret), name_(std::move(transport_name)), device_(std::move(device)) {}
+    : PeerTable(std::move(transport_name)), secret_(secret), device_(std::move(device)) {}
 
 VerbsPeers::~VerbsPeers() {
   if (datagrams_) say_bye();
@@ -261,16 +239,6 @@ Status VerbsPeers::begin_sending(QueuePair& lane) {
 
 // --- as the side that connects -------------------------------------------------------------------
 
-// Watches processes of this host; no watch for ourselves and for those of others.
-std::unique_ptr<ProcessWatch> VerbsPeers::watch(const VerbsName& name, bool* ended) const {
-  *ended = false;
-  if (name.host != own_.host || name.pid == own_.pid) return nullptr;
-  if (auto opened = ProcessWatch::open(name.pid); opened.ok())
-    return std::make_unique<ProcessWatch>(std::move(opened.value()));
-  *ended = kill(static_cast<pid_t>(name.pid), 0) != 0 && errno == ESRCH;
-  return nullptr;
-}
-
 Result<PeerId> VerbsPeers::connect(const Address& address) {
   VerbsName name;
   if (address.size() != sizeof name) {
@@ -284,21 +252,13 @@ Result<PeerId> VerbsPeers::connect(const Address& address) {
   Lanes lanes;
   if (Status status = make_lanes(lanes, true); !status.ok())
     return status.with_prefix(name_ + ": ");
-  const auto index = static_cast<uint32_t>(peers_.size());
-  Peer& peer = peers_.emplace_back();
+  Peer& peer = add(
+      (device_->is_ethernet ? gid_text(name.place.gid) : "LID " + std::to_string(name.place.lid)) +
+      ", queue pair " + std::to_string(name.qp) + ", process " + std::to_string(name.pid));
   peer.name = name;
   peer.lanes = std::move(lanes);
-  peer.nonce = random_word();
-  peer.started = peer.next_hello = Clock::now();
-  peer.text =
-      "peer " + std::to_string(index) + " (" +
-      (device_->is_ethernet ? gid_text(name.place.gid) : "LID " + std::to_string(name.place.lid)) +
-      ", queue pair " + std::to_string(name.qp) + ", process " + std::to_string(name.pid) + ")";
-  connecting_.push_back(index);
-  bool ended = false;
-  peer.watch = watch(name, &ended);
-  if (ended)
-    settle(index, Completion::Kind::kPeerRefused, {Code::kPeerLost, "its process has ended"});
+  const auto index = static_cast<uint32_t>(peers_.size() - 1);
+  watch(index, name.host, name.pid);
   next_tend_ = {};
   tend(peer.started);
   return PeerId{index};
@@ -317,29 +277,6 @@ void VerbsPeers::close(uint32_t index) {
   peer.state = Peer::kClosed;
   peer.watch.reset();
   peer.lanes = {};
-}
-
-void VerbsPeers::settle(uint32_t index, Completion::Kind kind, const Status& status) {
-  Peer& peer = peers_[index];
-  if (peer.state == Peer::kLost || peer.state == Peer::kClosed) return;
-  std::erase(connecting_, index);
-  peer.state = kind == Completion::Kind::kPeerReady ? Peer::kReady : Peer::kLost;
-  if (peer.state == Peer::kLost) {
-    peer.watch.reset();
-    send_bye(index);  // if it lives, it has queue pairs of ours
-  }
-  auto& list = kind == Completion::Kind::kPeerLost ? losses_ : events;
-  Completion& event = list.emplace_back();
-  event.kind = kind;
-  event.peer = PeerId{index};
-  if (!status.ok()) event.status = status.with_prefix(name_ + ": " + peer.text + ": ");
-}
-
-void VerbsPeers::lose_all(const Status& status) {
-  for (uint32_t i = 0; i < peers_.size(); ++i) {
-    const bool was_ready = peers_[i].state == Peer::kReady;
-    settle(i, was_ready ? Completion::Kind::kPeerLost : Completion::Kind::kPeerRefused, status);
-  }
 }
 
 VerbsHello VerbsPeers::make_hello(uint32_t index) const {
@@ -361,9 +298,7 @@ void VerbsPeers::on_answer(const VerbsHello& hello) {
   Peer& peer = peers_[hello.peer];
   if (peer.state != Peer::kConnecting || peer.nonce != hello.nonce) return;  // late or repeated
   if (hello.kind == HelloKind::kRefuse) {
-    const Status refused(Code::kMismatch,
-                         "refused: it belongs to another job (its secret is another)");
-    settle(hello.peer, Completion::Kind::kPeerRefused, refused);
+    refuse(hello.peer);
     return;
   }
   if (hello.kind != HelloKind::kAccept || hello.secret != secret_) return;
@@ -408,9 +343,9 @@ Status VerbsPeers::admit(const VerbsHello& hello, VerbsHello* answer) {
     guest->name = hello.from;
     guest->nonce = hello.nonce;
     guest->peer = hello.peer;
-    bool ended = false;
-    guest->watch = watch(hello.from, &ended);
-    if (ended) return {Code::kPeerLost, "its process has ended"};
+    auto [process, has_ended] = watch_process(hello.from.host, hello.from.pid);
+    guest->watch = std::move(process);
+    if (has_ended) return {Code::kPeerLost, "its process has ended"};
     if (Status status = make_lanes(guest->lanes, false); !status.ok()) return status;
     for (uint32_t i = 0; i < kNumLanes; ++i) {  // enough to be written to: it never sends
       Status status = begin_receiving(guest->lanes[i], hello.from, hello.qp[i], hello.psn[i]);
@@ -451,9 +386,7 @@ void VerbsPeers::dismiss(const std::function<bool(const Guest&)>& is_leaving) {
 }
 
 void VerbsPeers::on_queue_empty() {
-  if (losses_.empty() && leaving_.empty()) return;
-  std::move(losses_.begin(), losses_.end(), std::back_inserter(events));
-  losses_.clear();
+  tell_losses();
   leaving_.clear();
 }
 
@@ -493,13 +426,7 @@ void VerbsPeers::tend(Clock::time_point now) {
       send(make_hello(index), peer.name);
     }
   }
-  for (uint32_t i = 0; i < peers_.size(); ++i) {
-    Peer& peer = peers_[i];
-    if (!peer.watch || !peer.watch->ended()) continue;
-    const bool was_ready = peer.state == Peer::kReady;
-    settle(i, was_ready ? Completion::Kind::kPeerLost : Completion::Kind::kPeerRefused,
-           {Code::kPeerLost, "its process has ended"});
-  }
+  look_at_processes();
   dismiss([](const Guest& guest) { return guest.watch && guest.watch->ended(); });
   next_tend_ = now + (connecting_.empty() ? kWatchInterval : kBusyInterval);
 }

@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "../wait.hpp"
+#include "peers.hpp"
 #include "verbs_handles.hpp"
 
 namespace moe_comm {
@@ -61,26 +62,25 @@ struct VerbsName {
 };
 static_assert(sizeof(VerbsName) == 56);
 
+struct VerbsQueuePair {
+  QpHandle qp;
+  uint32_t psn = 0;
+  uint32_t max_inline = 0;  // bytes
+};
+using VerbsLanes = std::array<VerbsQueuePair, kNumLanes>;
+
+struct VerbsPeer : NetworkPeer {
+  VerbsName name;
+  VerbsLanes lanes;
+};
+
 struct VerbsHello;
 
-class VerbsPeers {
+class VerbsPeers : public PeerTable<VerbsPeer> {
  public:
-  struct QueuePair {
-    QpHandle qp;
-    uint32_t psn = 0;
-    uint32_t max_inline = 0;  // bytes
-  };
-  using Lanes = std::array<QueuePair, kNumLanes>;
-
-  struct Peer {  // one that we write to
-    enum State { kConnecting, kReady, kLost, kClosed } state = kConnecting;
-    VerbsName name;
-    Lanes lanes;
-    uint64_t nonce = 0;
-    Clock::time_point started, next_hello;
-    std::unique_ptr<ProcessWatch> watch;  // of peers on this host
-    std::string text;                     // "peer 3 (10.0.0.7, queue pair 17, process 99)"
-  };
+  using QueuePair = VerbsQueuePair;
+  using Lanes = VerbsLanes;
+  using Peer = VerbsPeer;
 
   VerbsPeers(Secret secret, std::shared_ptr<VerbsDevice> device, std::string transport_name);
   ~VerbsPeers();  // says bye
@@ -88,20 +88,13 @@ class VerbsPeers {
   Address own_address() const;
 
   Result<PeerId> connect(const Address& address);
-  void close(uint32_t index);  // its queue pairs are gone; its writes are the caller's to end
-  size_t size() const { return peers_.size(); }
-  Peer& operator[](uint32_t index) { return peers_[index]; }
-  // Says so by an event, unless the peer was settled so before. `status`: without the peer's name.
-  void settle(uint32_t index, Completion::Kind kind, const Status& status);
-  void lose_all(const Status& status);
+  void close(uint32_t index);        // its queue pairs are gone; its writes are the caller's to end
   void tend(Clock::time_point now);  // what happens by time and not by completion
   void on_datagram_sent(uint32_t slot);
   void on_datagram(uint32_t slot, const ibv_wc& wc);
 
   // The completion queue was seen empty: what lost peers wrote has been told, their loss may be.
   void on_queue_empty();
-
-  std::vector<Completion> events;  // for the next poll
 
  private:
   struct Guest {  // one that writes to us
@@ -126,12 +119,11 @@ class VerbsPeers {
   void dismiss(const std::function<bool(const Guest&)>& is_leaving);
   Status admit(const VerbsHello& hello, VerbsHello* answer);
   void send_bye(uint32_t index);
+  void on_lost(uint32_t index) override { send_bye(index); }  // if it lives, it has queue pairs
   void say_bye();
-  std::unique_ptr<ProcessWatch> watch(const VerbsName& name, bool* ended) const;
   Status error(const std::string& call, int rc) const { return Status::from_errno(call, rc); }
 
   const Secret secret_;
-  const std::string name_;  // of the transport, for texts
   std::shared_ptr<VerbsDevice> device_;
   const VerbsQueues* queues_ = nullptr;
   VerbsName own_;
@@ -140,13 +132,10 @@ class VerbsPeers {
   std::map<std::string, AhHandle> routes_;  // by place
   QpHandle datagrams_;
   std::vector<uint32_t> free_;  // slots to send with
-  std::deque<Peer> peers_;      // by PeerId
-  std::vector<uint32_t> connecting_;
   std::vector<std::unique_ptr<Guest>> guests_;
   // Last words may still be in the completion queue, which forgets those of a queue pair that is
-  // destroyed: these two wait for on_queue_empty().
+  // destroyed: these wait for on_queue_empty().
   std::vector<std::unique_ptr<Guest>> leaving_;
-  std::vector<Completion> losses_;
   Clock::time_point next_tend_{};
 };
 
