@@ -167,11 +167,10 @@ class TransportLayer final : public Layer {
     while (arrived_ < count) progress();
   }
   void progress() override {
-    Completion completions[64];
-    const size_t n = transport_->poll(completions, false);
+    const size_t n = transport_->poll(completions_, false);
     for (size_t i = 0; i < n; ++i) {
-      check(completions[i].status);
-      switch (completions[i].kind) {
+      check(completions_[i].status);
+      switch (completions_[i].kind) {
         case Completion::Kind::kWriteDone:
           ++sent_;
           break;
@@ -191,6 +190,7 @@ class TransportLayer final : public Layer {
  private:
   std::unique_ptr<Transport> transport_;
   PeerId peer_{};
+  Completion completions_[64];
   bool ready_ = false;
   long sent_ = 0, arrived_ = 0;
 };

@@ -273,10 +273,9 @@ bool Proxy::post_pending() {
 }
 
 bool Proxy::poll_transport(bool arm) {
-  Completion completions[64];
-  const size_t n = transport_->poll(completions, arm);
+  const size_t n = transport_->poll(completions_, arm);
   for (size_t i = 0; i < n; ++i) {
-    Completion& c = completions[i];
+    Completion& c = completions_[i];
     switch (c.kind) {
       case Completion::Kind::kWriteDone: {
         const auto slot = static_cast<uint32_t>(c.id.value);

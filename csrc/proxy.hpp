@@ -14,6 +14,7 @@
 // waits for.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -189,14 +190,14 @@ class Proxy {
   void lose(uint32_t peer, Status status);
   void write_beats(const std::shared_ptr<Operation>& operation = nullptr);
 
-  std::mutex
-      turn_mutex_;  // NOTE [turns]: what follows, down to the heartbeats, belongs to its holder
+  std::mutex turn_mutex_;  // NOTE [turns]
   std::atomic<uint32_t> turn_wanted_{
       0};                             // threads that wait for it; the proxy's lets them go first
   std::atomic<uint32_t> helping_{0};  // threads in help()
   std::atomic<bool> helped_{false};   // with success, a moment ago
   bool armed_ = false;                // the proxy's thread sleeps until the transport wakes it
 
+  // From here to the heartbeats, all but options_ and producer_ belongs to the turn's holder.
   std::unique_ptr<Transport> transport_;
   ProxyOptions options_;
   HostRing ring_{kRingSlots};
@@ -209,6 +210,7 @@ class Proxy {
   std::vector<Write> in_flight_;
   std::vector<uint32_t> free_slots_;
   std::vector<uint32_t> with_pending_;  // peers
+  std::array<Completion, 64> completions_;
   std::unordered_map<uint32_t, uint32_t> peer_of_id_;
   struct Beat {
     uint64_t id;
