@@ -33,7 +33,8 @@ install = $(foreach folder,$(1), \
     echo "$(IN_$(folder))" >build/$(folder)/installed; } || \
     echo "not installed here, what needs it will be skipped: $(folder)" >&2;)
 
-FAULTS := tests/faults tests/ep/test_generation_soak.py tests/cpp/test_sanitized.py
+FAULTS := tests/faults tests/ep/test_faults.py tests/ep/test_generations.py tests/ep/test_generation_soak.py \
+    tests/cpp/test_sanitized.py
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -56,7 +57,7 @@ test: ## the test suite (at most 10 minutes on 2 cores)
 	@$(PYTEST) -q -ra --maxfail=5 --durations=5 -m "not slow" $(foreach tests,$(FAULTS),--ignore=$(tests)) \
 	    --ignore=tests/clients --ignore=tests/kernels --ignore=tests/soft_roce $(ARGS)
 
-test-faults: ## killed, stopped, late and wrong peers, cut links; ranks that come and go; sanitizers (at most 6 minutes)
+test-faults: ## killed, stopped, late and wrong peers, cut links; ranks that come and go; sanitizers (at most 8 minutes)
 	@.dev/setup.sh test
 	@$(PYTEST) -q -ra --maxfail=5 --durations=5 -m "not slow" $(FAULTS) $(ARGS)
 
