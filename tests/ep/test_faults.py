@@ -92,12 +92,14 @@ def test_stopped_peer(run_ranks, hops, ranks_per_node):
     stopped = 1
 
     def end_it():  # once the others are gone, so that run_ranks sees the end of all
+        while len(run_ranks.processes) < 4:
+            time.sleep(0.1)
         others = [p for i, p in enumerate(run_ranks.processes) if i != stopped]
         for process in others:
             process.join(25)
         run_ranks.processes[stopped].kill()
 
-    threading.Timer(1.0, end_it).start()
+    threading.Thread(target=end_it, daemon=True).start()
     results = run_ranks(
         _victim_dies,
         4,
