@@ -95,7 +95,7 @@ class VerbsPeers {
   void settle(uint32_t index, Completion::Kind kind, const Status& status);
   void lose_all(const Status& status);
   void tend(Clock::time_point now);  // what happens by time and not by completion
-  void on_datagram_sent(uint32_t slot);
+  void on_datagram_sent(uint32_t slot, const ibv_wc& wc);
   void on_datagram(uint32_t slot, const ibv_wc& wc);
 
   // The completion queue was seen empty: what lost peers wrote has been told, their loss may be.
@@ -117,6 +117,7 @@ class VerbsPeers {
   Status begin_receiving(QueuePair& lane, const VerbsName& from, uint32_t qp, uint32_t psn);
   Status begin_sending(QueuePair& lane);
   Status open_datagrams();
+  Status begin_datagrams();
   void receive(uint32_t slot);
   void send(const VerbsHello& hello, const VerbsName& to);
   VerbsHello make_hello(uint32_t index) const;
@@ -139,8 +140,10 @@ class VerbsPeers {
   VerbsMrHandle region_;
   std::map<std::string, AhHandle> routes_;  // by place
   QpHandle datagrams_;
-  std::vector<uint32_t> free_;  // slots to send with
-  std::deque<Peer> peers_;      // by PeerId
+  uint32_t beginnings_ = 0;        // of it; in wr_id: completions of an earlier one are nobody's
+  bool datagrams_failed_ = false;  // to be begun again by tend()
+  std::vector<uint32_t> free_;     // slots to send with
+  std::deque<Peer> peers_;         // by PeerId
   std::vector<uint32_t> connecting_;
   std::vector<std::unique_ptr<Guest>> guests_;
   // Last words may still be in the completion queue, which forgets those of a queue pair that is
