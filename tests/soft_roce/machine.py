@@ -228,7 +228,7 @@ class Machine:
             ready = select.select([self._qemu.stdout], [], [], max(left, 0))[0]
             new = os.read(self._qemu.stdout.fileno(), 65536) if ready else b""
             if not new:
-                why = f"no end after {timeout_s} s" if left <= 0 else "the machine ended"
+                why = "the machine ended" if ready else f"no end after {timeout_s} s"
                 text = output.decode(errors="replace")
                 raise TimeoutError(f"{why}; output so far:\n{text}\n{self._kernel_messages()}")
             output += new
