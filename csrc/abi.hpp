@@ -150,8 +150,9 @@ struct Agreed {
 // sides compute from the call.
 struct Header {
   uint64_t epoch;
-  uint32_t kind;        // ExchangeKind
-  uint32_t status;      // HeaderStatus
+  uint16_t kind;        // ExchangeKind
+  uint16_t status;      // HeaderStatus
+  uint32_t counts;      // digest of the counts behind the header; 0: there are none
   uint32_t origin;      // the rank that `status` and `text` speak of
   uint32_t rows;        // rows in this window, this round
   uint32_t rounds;      // how many rounds the sender itself needs for this call

@@ -381,15 +381,12 @@ void bind_engine(py::module_& m) {
   using Self = Engine;
   py::class_<Self>(m, "Engine")
       .def(py::init([](const std::string& transport, const std::string& interface, uint64_t secret,
-                       uint64_t shard_bytes, uint64_t chaos_seed, const std::string& gpu, int place,
-                       int num_places) {
-             EngineOptions options{transport,  interface, secret, shard_bytes,
-                                   chaos_seed, gpu,       place,  num_places};
+                       uint64_t shard_bytes, uint64_t chaos_seed, const std::string& gpu) {
+             EngineOptions options{transport, interface, secret, shard_bytes, chaos_seed, gpu};
              return check(unlocked([&] { return Engine::open(options); }));
            }),
            py::arg("transport") = "shm", py::arg("interface") = "", py::arg("secret") = 0,
-           py::arg("shard_bytes") = 0, py::arg("chaos_seed") = 0, py::arg("gpu") = "",
-           py::arg("place") = 0, py::arg("num_places") = 1)
+           py::arg("shard_bytes") = 0, py::arg("chaos_seed") = 0, py::arg("gpu") = "")
       .def_property_readonly("transport", [](Self& self) { return self.transport_name(); })
       .def_property_readonly("address",
                              [](Self& self) { return to_bytes(self.proxy().info().address); })

@@ -13,7 +13,7 @@ constexpr uint64_t kShardBytes = 128 << 10;  // where several NICs share the wri
 
 // The devices that this rank takes if it names none, "a+b"; or why none.
 Result<std::string> nearest_nics(const EngineOptions& options, bool efa) {
-  NicRequest request{efa, options.gpu, usable_cpus(), options.place, options.num_places};
+  const NicRequest request{efa, options.gpu, usable_cpus()};
   auto choice = choose_nics(HostTopology::read(), request);
   if (!choice.ok()) return choice.status();
   std::string names;

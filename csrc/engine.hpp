@@ -22,9 +22,7 @@ struct EngineOptions {
   Secret secret = 0;
   uint64_t shard_bytes = 0;
   uint64_t chaos_seed = 0;  // 0: off; else the transport delays and reorders (tests)
-  // For the nearest NICs: NicRequest's fields of these names (topology.hpp).
-  std::string gpu;
-  int place = 0, num_places = 1;
+  std::string gpu;          // for the nearest NICs: as in NicRequest (topology.hpp)
 };
 
 // A region's descriptor: what a peer must know to write there. Bytes, so that it can travel by any

@@ -14,23 +14,36 @@ constexpr double kFailedGrace = 0.5;  // and of one that gave up: its peers are 
 constexpr uint64_t kBeatAt = 64;      // offset of the own heartbeat word; the doorbell lies at 0
 constexpr uint64_t kBlameAt = sizeof(Counter);  // of the blame word, from a heartbeat word
 
-uint64_t digest_of(const Header& header) {
-  constexpr size_t kWords = sizeof(Header) / sizeof(uint64_t);
-  constexpr size_t kCheckWord = offsetof(Header, check) / sizeof(uint64_t);
-  uint64_t words[kWords], digest = 0xcbf29ce484222325;
-  std::memcpy(words, &header, sizeof words);
-  words[kCheckWord] = 0;
-  for (const uint64_t word : words) {
+uint64_t digest_of(std::span<const std::byte> bytes) {  // a multiple of 8
+  uint64_t word = 0, digest = 0xcbf29ce484222325;
+  for (size_t at = 0; at < bytes.size(); at += sizeof word) {
+    std::memcpy(&word, bytes.data() + at, sizeof word);
     digest = (digest ^ word) * 0x9e3779b97f4a7c15;
     digest ^= digest >> 29;
   }
   return digest;
 }
+
+uint32_t digest_of_counts(std::span<const std::byte> counts) {
+  return counts.empty() ? 0 : static_cast<uint32_t>(digest_of(counts) >> 32) | 1;
+}
+
+uint64_t digest_of(Header header) {
+  header.check = 0;
+  return digest_of(std::as_bytes(std::span(&header, 1)));
+}
 }  // namespace
 
-void seal(Header& header) { header.check = digest_of(header); }
+void seal(Header& header, std::span<const std::byte> counts) {
+  header.counts = digest_of_counts(counts);
+  header.check = digest_of(header);
+}
 
 bool is_sealed(const Header& header) { return header.check == digest_of(header); }
+
+bool is_sealed(const Header& header, std::span<const std::byte> counts) {
+  return is_sealed(header) && (header.counts == 0 || header.counts == digest_of_counts(counts));
+}
 
 // --- construction --------------------------------------------------------------------------------
 
@@ -389,7 +402,7 @@ std::string Exchange::name_of(uint32_t rank) const {
 
 Status Exchange::damaged(uint32_t writer) const {
   return {Code::kTransport, "the header in the window of " + name_of(writer) +
-                                " is damaged: its digest is not that of its fields"};
+                                " is damaged: a digest is not that of its fields or counts"};
 }
 
 Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start) {

@@ -18,6 +18,7 @@
 #include <condition_variable>
 #include <deque>
 #include <memory>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
@@ -31,8 +32,10 @@
 
 namespace moe_comm {
 
-void seal(Header& header);  // the last thing before it is copied into a window
-bool is_sealed(const Header& header);
+// The last thing before it is copied into a window. `counts`: what lies behind it there, if any.
+void seal(Header& header, std::span<const std::byte> counts = {});
+bool is_sealed(const Header& header);  // which says nothing of the counts
+bool is_sealed(const Header& header, std::span<const std::byte> counts);
 
 // Offsets into the window segment, the same on every rank. Made by moe_comm/layout.py, which
 // explains them.

@@ -51,8 +51,13 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
   Status found = arrival;
   if (found.ok()) {
     header = *reinterpret_cast<const Header*>(window);
-    if (!is_sealed(header)) found = damaged(source);
-    if (!found.ok()) blame(source);
+    const bool same_call =
+        header.kind == kDispatch && std::memcmp(&header.agreed, &call.agreed, sizeof(Agreed)) == 0;
+    if (!is_sealed(header) ||
+        (same_call && !is_sealed(header, {window + kHeaderBytes, counts_bytes(call, true)}))) {
+      found = damaged(source);
+      blame(source);
+    }
   }
   if (!found.ok()) header = verdict(call, epoch, source, found);
   const bool readable = header.status == kHeaderOk && call.error.ok() && header.kind == kDispatch &&
@@ -107,12 +112,14 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
     Header passed = header;
     passed.rows = here[g];
     passed.total_rows = 0;
+    std::span<std::byte> behind;
     if (readable && round == 0 && !call.cached) {
       const auto* counts = reinterpret_cast<const uint32_t*>(window + kHeaderBytes) + g * (1 + L);
       passed.total_rows = counts[0];
       std::memcpy(window_of + kHeaderBytes, counts + 1, L * sizeof(uint32_t));
+      behind = {window_of + kHeaderBytes, counts_bytes(call, false)};
     }
-    seal(passed);
+    seal(passed, behind);
     std::memcpy(window_of, &passed, sizeof passed);
     commit(reader, source, epoch);
   }

@@ -115,7 +115,13 @@ Status Exchange::wait_headers(Call& call) {
     call.totals[source] = header.total_rows;
     // Ranks that may see different sets of sources agree on the epoch alone.
     call.identity = shape_.mask_lost ? epoch : mix_digest(call.identity, header.routing) >> 1;
-    if (header.status == kHeaderOk && call.error.ok()) {
+    if (header.status == kHeaderOk && call.error.ok() && header.counts) {
+      if (!is_sealed(header, {window + kHeaderBytes, counts_bytes(call, false)})) {
+        blame(source);
+        call.failure =
+            damaged(source).with_prefix("dispatch epoch " + std::to_string(epoch) + ": ");
+        continue;
+      }
       std::memcpy(call.expert_rows.data() + static_cast<size_t>(source) * L, window + kHeaderBytes,
                   L * sizeof(uint32_t));
     }

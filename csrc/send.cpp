@@ -182,7 +182,7 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
       write_counts(call, window + kHeaderBytes, rank);
       header.total_rows = call.routes.rank_counts[rank];
     }
-    seal(header);
+    seal(header, {window + kHeaderBytes, counts ? counts_bytes(call, link) : 0});
     std::memcpy(window, &header, sizeof header);
     return header.rows;
   };

@@ -3,7 +3,8 @@
 // The nearest ones: those that share the deepest PCI switch with the rank's GPU; where none shares
 // any (GB200, many virtual machines) those of its NUMA node, or all. GPUs with the same nearest
 // NICs divide them. A rank without a GPU takes its share of those at the NUMA nodes it may run on.
-// Each rank gets as many as the others, because NIC i talks to the peer's NIC i.
+// Each rank of a host gets as many as the others, because NIC i talks to the peer's NIC i; that
+// hosts agree, moe_comm/nics.py sees to.
 #pragma once
 
 #include <string>
@@ -44,7 +45,7 @@ struct NicRequest {
   bool efa = false;       // NICs of EFA's driver, or all others
   std::string gpu;        // PCI address of the rank's GPU; empty: it has none
   std::vector<int> cpus;  // it may run on; empty: any
-  int place = 0;          // among the ranks of this host that may run on the same
+  int place = 0;          // among the ranks of this host that divide them
   int num_places = 1;
 };
 

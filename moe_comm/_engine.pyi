@@ -116,12 +116,10 @@ class Engine:
         shard_bytes: int = 0,
         chaos_seed: int = 0,
         gpu: str = "",
-        place: int = 0,
-        num_places: int = 1,
     ) -> None:
         """`transport`: "shm", "fabric:<provider>", "verbs", or with devices "fabric:efa:rdmap0s6+rdmap1s6",
-        "verbs:mlx5_0". Peers with another `secret` (64 bits) are refused. `gpu`, `place`, `num_places`: as in
-        `choose_nics`, where fabric:efa or verbs is given no device."""
+        "verbs:mlx5_0". Peers with another `secret` (64 bits) are refused. `gpu`: as in `choose_nics`, where
+        fabric:efa or verbs is given no device."""
 
     @property
     def transport(self) -> str: ...

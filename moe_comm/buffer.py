@@ -10,7 +10,9 @@ How an exchange works (the rest is in dispatch.py, combine.py, csrc/exchange.hpp
   released e - 2. Counters only grow; nobody resets what another may still read.
 - **The network promises no order.** Each write carries an immediate; the receiver counts them.
 - **Failure.** Wrong input raises on every rank and the next call works. A lost or late peer ends the Buffer: the first
-  fault is kept, and every later call raises it.
+  fault is kept, and every later call raises it. Each round needs a header of every rank, so the round in which a rank
+  was lost, or the next, raises on all survivors; one that has all of its own rows first returns them, whole and right
+  (to hold them back until all others have theirs would be one more wait between nodes in every call).
 """
 
 import contextlib

@@ -2,7 +2,8 @@
 
 Four gathers: what everybody passed and a probe segment; who can map whom; segments, regions, addresses and immediate
 rows; and whether every connection stands. Over tcp one or two more, to find the address of each host that the others
-can reach (source.py). Each error is gathered, too, so that all ranks raise together.
+can reach (source.py); over verbs and EFA one more, to take as many NICs everywhere (nics.py). Each error is gathered,
+too, so that all ranks raise together.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from .config import Config
 from .errors import MoeCommError, PeerTimeout, TransportError
 from .group import EPGroup, Survey, Topology
 from .layout import WindowLayout
+from .nics import agreed_interface
 from .source import reachable_address
 
 CONNECT_TIMEOUT_S = 30.0
@@ -72,10 +74,15 @@ def open_exchange(
     linked = [r for r in linked if r in present and not topology.is_local(r)]
 
     transport = choose_transport(config.transport, survey)
-    source = reachable_address(group) if transport.startswith("fabric:tcp") else ""
+    key = (transport, config.interface, config.shard_bytes, config.chaos_seed)
+    interface = agreed_interface(
+        group, transport, config.interface, survey.place, group.engines.get(key)
+    )
+    if transport.startswith("fabric:tcp"):
+        interface = interface or reachable_address(group)
 
     def prepare() -> tuple[_engine.Engine, _engine.Exchange, dict]:
-        engine = _engine_of(group, config, transport, source, survey.place)
+        engine = _engine_of(group, config, transport, interface)
         native = _engine.Exchange(engine, shape, layout.offsets(), config.first_epoch)
         rows = {r: native.open_rows(r) for r in linked}
         return engine, native, {
@@ -106,18 +113,15 @@ def open_exchange(
     return OpenExchange(engine, native, topology)
 
 
-def _engine_of(
-    group: EPGroup, config: Config, transport: str, source: str, place: tuple[int, int]
-) -> _engine.Engine:
-    """One for all Buffers of a group. `source`: the address to use where none is asked for. `place`: Survey's."""
+def _engine_of(group: EPGroup, config: Config, transport: str, interface: str) -> _engine.Engine:
+    """One for all Buffers of a group. `interface`: what is asked for, or was found."""
     key = (transport, config.interface, config.shard_bytes, config.chaos_seed)
     with group.lock:
         if key not in group.engines:
             seed = config.chaos_seed and config.chaos_seed * 1000 + group.rank + 1
             group.engines[key] = _engine.Engine(
-                transport=transport, interface=config.interface or source, secret=group.secret,
-                shard_bytes=config.shard_bytes, chaos_seed=seed,
-                place=place[0], num_places=place[1],
+                transport=transport, interface=interface, secret=group.secret, shard_bytes=config.shard_bytes,
+                chaos_seed=seed,
             )  # fmt: skip
         return group.engines[key]
 

@@ -250,10 +250,8 @@ class Survey:
     topology: Topology
     one_host: bool  # every rank can map every other's memory
     transports: tuple[str, ...]  # that every rank has
-    place: tuple[int, int] = (
-        0,
-        1,
-    )  # (i, n): i-th of n ranks of this host that may use the same CPUs
+    # (i, n): i-th of n ranks of this host, and of this node if nodes are pretended, that may use the same CPUs.
+    place: tuple[int, int] = (0, 1)
 
 
 def survey(
@@ -311,9 +309,10 @@ def survey(
         homes = [facts[r]["home"] for r in present if facts[r]["home"]]
         if len(present) < num_ranks and homes:
             nodes = _with_absent(nodes, set(present), homes[0])
+    mates = next(node for node in nodes if group.rank in node) if ranks_per_node else present
     alike = [
-        r for r in present
-        if can[group.rank][r] and facts[r]["cpus"] == facts[group.rank]["cpus"]
+        r for r in mates
+        if r in present and can[group.rank][r] and facts[r]["cpus"] == facts[group.rank]["cpus"]
     ]  # fmt: skip
     place = (alike.index(group.rank), len(alike))
     return Survey(Topology.from_nodes(group.rank, nodes), one_host, transports, place)

@@ -12,11 +12,13 @@ from multiprocessing.connection import wait as wait_for
 
 import efa_rules as shim
 import pytest
+from matrix import matrix, pytest_terminal_summary  # noqa: F401
 from rank_process import rank_main
 
 import moe_comm
 
-_context = multiprocessing.get_context("forkserver")
+# MOE_COMM_TEST_START=fork: where importing torch a second time takes a minute.
+_context = multiprocessing.get_context(os.environ.get("MOE_COMM_TEST_START", "forkserver"))
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm"])
 
 
@@ -52,7 +54,8 @@ def run_ranks(tmp_path):
         started.extend(processes)
         results, errors = [None] * num_ranks, {}
         open_pipes = dict(zip(pipes, range(num_ranks)))
-        deadline = time.monotonic() + timeout_s
+        slowness = float(os.environ.get("MOE_COMM_TEST_SLOWNESS", "1"))
+        deadline = time.monotonic() + timeout_s * slowness
         grace = None
         while open_pipes and time.monotonic() < (grace or deadline):
             for pipe in wait_for(list(open_pipes), timeout=0.2):
@@ -71,7 +74,9 @@ def run_ranks(tmp_path):
                 else:
                     errors[rank] = value
             if errors and grace is None:
-                grace = min(deadline, time.monotonic() + 5)  # the others may say why, too
+                grace = min(
+                    deadline, time.monotonic() + 5 * slowness
+                )  # the others may say why, too
         for rank in open_pipes.values():
             errors[rank] = "did not end: killed"
         if errors:

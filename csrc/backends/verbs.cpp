@@ -448,7 +448,7 @@ bool VerbsTransport::on_completion(const ibv_wc& wc, Completion& out) {
       peers_.on_datagram(whose, wc);
       return false;
     case VerbsWork::kDatagramOut:
-      peers_.on_datagram_sent(whose);
+      peers_.on_datagram_sent(whose, wc);
       return false;
   }
   return false;

@@ -90,13 +90,26 @@ Status VerbsPeers::open_datagrams() {
   init.cap = {kNumSends, kNumReceives, 1, 1, 0};
   datagrams_ = {library.create_qp(device_->pd.get(), &init), {library.destroy_qp}};
   if (!datagrams_) return Status::from_errno("ibv_create_qp(UD)");
+  own_.qp = datagrams_->qp_num;
+  return begin_datagrams();
+}
+
+// Also after a failure, under the same number: a datagram that cannot be sent, as while a link is
+// down, may end the queue pair.
+Status VerbsPeers::begin_datagrams() {
+  const VerbsLibrary& library = *device_->library;
+  ++beginnings_;
+  free_.clear();
   ibv_qp_attr attr{};
+  attr.qp_state = IBV_QPS_RESET;
+  int rc = library.modify_qp(datagrams_.get(), &attr, IBV_QP_STATE);
+  if (rc != 0) return error("ibv_modify_qp(UD, RESET)", rc);
   attr.qp_state = IBV_QPS_INIT;
   attr.pkey_index = static_cast<uint16_t>(device_->settings.pkey);
   attr.port_num = device_->port;
   attr.qkey = own_.qkey;
-  int rc = library.modify_qp(datagrams_.get(), &attr,
-                             IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_QKEY);
+  rc = library.modify_qp(datagrams_.get(), &attr,
+                         IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_QKEY);
   if (rc != 0) return error("ibv_modify_qp(UD, INIT)", rc);
   for (uint32_t slot = 0; slot < kNumReceives; ++slot) receive(slot);
   attr.qp_state = IBV_QPS_RTR;
@@ -107,7 +120,6 @@ Status VerbsPeers::open_datagrams() {
   if (rc = library.modify_qp(datagrams_.get(), &attr, IBV_QP_STATE | IBV_QP_SQ_PSN); rc != 0)
     return error("ibv_modify_qp(UD, RTS)", rc);
   for (uint32_t slot = 0; slot < kNumSends; ++slot) free_.push_back(slot);
-  own_.qp = datagrams_->qp_num;
   return {};
 }
 
@@ -115,7 +127,7 @@ void VerbsPeers::receive(uint32_t slot) {
   ibv_sge place{reinterpret_cast<uint64_t>(memory_.data()) + slot * kSlotBytes, kSlotBytes,
                 region_->lkey};
   ibv_recv_wr request{};
-  request.wr_id = pack_wr_id(VerbsWork::kDatagramIn, slot, 0);
+  request.wr_id = pack_wr_id(VerbsWork::kDatagramIn, slot, beginnings_);
   request.sg_list = &place;
   request.num_sge = 1;
   ibv_recv_wr* bad = nullptr;
@@ -142,7 +154,7 @@ void VerbsPeers::send(const VerbsHello& hello, const VerbsName& to) {
   std::memcpy(bytes, &hello, sizeof hello);
   ibv_sge place{reinterpret_cast<uint64_t>(bytes), sizeof hello, region_->lkey};
   ibv_send_wr request{};
-  request.wr_id = pack_wr_id(VerbsWork::kDatagramOut, slot, 0);
+  request.wr_id = pack_wr_id(VerbsWork::kDatagramOut, slot, beginnings_);
   request.sg_list = &place;
   request.num_sge = 1;
   request.opcode = IBV_WR_SEND;
@@ -154,13 +166,22 @@ void VerbsPeers::send(const VerbsHello& hello, const VerbsName& to) {
   if (ibv_post_send(datagrams_.get(), &request, &bad) == 0) free_.pop_back();
 }
 
-void VerbsPeers::on_datagram_sent(uint32_t slot) { free_.push_back(slot); }
+void VerbsPeers::on_datagram_sent(uint32_t slot, const ibv_wc& wc) {
+  if (static_cast<uint32_t>(wc.wr_id) != beginnings_) return;
+  free_.push_back(slot);
+  if (wc.status != IBV_WC_SUCCESS) datagrams_failed_ = true;
+}
 
 void VerbsPeers::on_datagram(uint32_t slot, const ibv_wc& wc) {
+  if (static_cast<uint32_t>(wc.wr_id) != beginnings_) return;
+  if (wc.status != IBV_WC_SUCCESS) {
+    datagrams_failed_ = true;
+    return;
+  }
   VerbsHello hello;
   std::memcpy(&hello, memory_.data() + slot * kSlotBytes + kGrhBytes, sizeof hello);
   receive(slot);
-  const bool is_hello = wc.status == IBV_WC_SUCCESS && wc.byte_len == kGrhBytes + sizeof hello &&
+  const bool is_hello = wc.byte_len == kGrhBytes + sizeof hello &&
                         hello.magic == VerbsHello::kMagic && hello.from.magic == VerbsName::kMagic;
   if (!is_hello) return;  // of another program
   if (hello.kind == HelloKind::kHello) {
@@ -416,6 +437,10 @@ void VerbsPeers::say_bye() {
 
 void VerbsPeers::tend(Clock::time_point now) {
   if (now < next_tend_) return;
+  if (datagrams_failed_) {
+    datagrams_failed_ = false;
+    if (Status status = begin_datagrams(); !status.ok()) lose_all(status);
+  }
   const std::vector<uint32_t> connecting = connecting_;
   for (uint32_t index : connecting) {
     Peer& peer = peers_[index];

@@ -90,7 +90,7 @@ class VerbsPeers : public PeerTable<VerbsPeer> {
   Result<PeerId> connect(const Address& address);
   void close(uint32_t index);        // its queue pairs are gone; its writes are the caller's to end
   void tend(Clock::time_point now);  // what happens by time and not by completion
-  void on_datagram_sent(uint32_t slot);
+  void on_datagram_sent(uint32_t slot, const ibv_wc& wc);
   void on_datagram(uint32_t slot, const ibv_wc& wc);
 
   // The completion queue was seen empty: what lost peers wrote has been told, their loss may be.
@@ -110,6 +110,7 @@ class VerbsPeers : public PeerTable<VerbsPeer> {
   Status begin_receiving(QueuePair& lane, const VerbsName& from, uint32_t qp, uint32_t psn);
   Status begin_sending(QueuePair& lane);
   Status open_datagrams();
+  Status begin_datagrams();
   void receive(uint32_t slot);
   void send(const VerbsHello& hello, const VerbsName& to);
   VerbsHello make_hello(uint32_t index) const;
@@ -131,7 +132,9 @@ class VerbsPeers : public PeerTable<VerbsPeer> {
   VerbsMrHandle region_;
   std::map<std::string, AhHandle> routes_;  // by place
   QpHandle datagrams_;
-  std::vector<uint32_t> free_;  // slots to send with
+  uint32_t beginnings_ = 0;        // of it; in wr_id: completions of an earlier one are nobody's
+  bool datagrams_failed_ = false;  // to be begun again by tend()
+  std::vector<uint32_t> free_;     // slots to send with
   std::vector<std::unique_ptr<Guest>> guests_;
   // Last words may still be in the completion queue, which forgets those of a queue pair that is
   // destroyed: these wait for on_queue_empty().

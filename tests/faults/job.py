@@ -10,8 +10,10 @@ import mmap
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -25,11 +27,14 @@ from moe_comm import MoeCommError, reference
 
 NUM_RANKS, RANKS_PER_NODE, VICTIM = 4, 2, 3
 NODES = [0, 0, 1, 1]
-TIMEOUT_S = 3.0  # the deadline of every call
-SILENCE_S = (
-    3.0  # where a rank is to be silent; more than the second between heartbeats to other nodes
-)
-GRACE_S = 1.0  # by which an error may come later
+SLOWNESS = float(
+    os.environ.get("MOE_COMM_TEST_SLOWNESS", "1")
+)  # of this machine: limits are longer
+TIMEOUT_S = 3.0 * SLOWNESS  # the deadline of every call
+# Where a rank is to be silent: more than the second between heartbeats to other nodes.
+SILENCE_S = 3.0 * SLOWNESS
+GRACE_S = 1.0 * SLOWNESS  # by which an error may come later
+NICS = os.environ.get("MOE_COMM_TEST_NICS", "").split()  # one for each node
 SLACK_S = float(os.environ.get("MOE_COMM_TEST_SLACK_S", "0.5"))  # for a machine that does more
 SMALL = (6, 9, 0, 5)  # tokens of each rank
 
@@ -52,8 +57,10 @@ class Job:
     ):
         self.rank, self.group, self.phase, self.hops = rank, group, phase, hops
         self.backend = backend
+        use_nic(rank)
         self.deadline_s = min(timeout_s, float(os.environ.get("MOE_COMM_SILENCE_S", timeout_s)))
         moe_comm._engine.Engine(transport=backend).stop()  # libraries keep something open
+        gc.collect()  # a forked rank has what its parent had not dropped yet
         self.open = open_things()
         self.case = make_case(
             NUM_RANKS, tokens=tokens, hidden=hidden, topk=8, num_experts=8, none=0.1
@@ -96,7 +103,7 @@ class Job:
         """This process stands still until somebody continues it. Not in a wait for the store, which would be locked."""
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    def wait_for_state(self, rank, states, timeout_s=10):
+    def wait_for_state(self, rank, states, timeout_s=10 * SLOWNESS):
         """Until the kernel says so: T stopped, Z dead."""
         deadline = time.monotonic() + timeout_s
         while state_of(self.pids[rank]) not in states:
@@ -188,9 +195,9 @@ class Job:
         self.dead = dead
         alive = tuple(r not in dead for r in range(NUM_RANKS))
         if self.rank in back:
-            assert self.buffer.rejoin(timeout_s=20) == alive
+            assert self.buffer.rejoin(timeout_s=20 * SLOWNESS) == alive
         else:
-            assert self.buffer.recover(expect=back, timeout_s=20) == alive
+            assert self.buffer.recover(expect=back, timeout_s=20 * SLOWNESS) == alive
         self.got = None
         for _ in range(4):
             self.call(self.small)
@@ -205,6 +212,23 @@ class Job:
         gc.collect()  # errors hold the frames they came through
         now = open_things()
         assert now == self.open, (self.open, now)
+        if self.backend.startswith("verbs"):
+            assert not rdma_objects("qp", os.getpid())
+
+
+def use_nic(rank):
+    """Each node has its own, so that what goes to the other one goes over a wire."""
+    if NICS:
+        os.environ["MOE_COMM_INTERFACE"] = NICS[NODES[rank]]
+
+
+def rdma_objects(kind, pid=None):
+    """Those that the kernel knows of processes, or of one: kind "qp" or "mr". None where there is no RDMA NIC."""
+    if not shutil.which("rdma") or not os.path.isdir("/sys/class/infiniband"):
+        return []
+    command = ["rdma", "-j", "resource", "show", kind]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout or "[]")
+    return [one for one in found if one.get("pid") == pid or (pid is None and "pid" in one)]
 
 
 def limit_unsent(num_bytes):

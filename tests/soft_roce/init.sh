@@ -20,11 +20,21 @@ $bb mount -t devpts devpts /host/dev/pts
 ulimit -l unlimited
 
 in_host() { $bb chroot /host /bin/bash -c "$1"; } # bash: busybox would take its own `ip`
-# rxe refuses lo, so the two NICs get the ends of a veth pair; with 4200 bytes, RDMA packets carry 4096.
+# rxe refuses lo, so the two NICs get the ends of a veth pair; with 4200 bytes, RDMA packets carry 4096. Both addresses are
+# of this machine, and yet what one NIC sends to the other goes over the wire: table 77 is asked before that of local
+# addresses. wire_up is run again by who took a link down.
+$bb cat >/host/run/wire_up <<'EOF'
+ip link set veth0 up && ip link set veth1 up &&
+  ip route replace 10.77.1.1 dev veth0 table 77 && ip route replace 10.77.0.1 dev veth1 table 77 &&
+  ip neighbour replace 10.77.1.1 lladdr 02:00:00:00:77:01 dev veth0 nud permanent &&
+  ip neighbour replace 10.77.0.1 lladdr 02:00:00:00:77:00 dev veth1 nud permanent
+EOF
 in_host 'ip link set lo up &&
-  ip link add veth0 mtu 4200 type veth peer name veth1 mtu 4200 &&
+  ip link add veth0 address 02:00:00:00:77:00 mtu 4200 type veth peer name veth1 address 02:00:00:00:77:01 mtu 4200 &&
   ip address add 10.77.0.1/24 dev veth0 && ip address add 10.77.1.1/24 dev veth1 &&
-  ip link set veth0 up && ip link set veth1 up &&
+  echo 1 >/proc/sys/net/ipv4/conf/veth0/accept_local && echo 1 >/proc/sys/net/ipv4/conf/veth1/accept_local &&
+  ip rule add pref 1 oif veth0 lookup 77 && ip rule add pref 1 oif veth1 lookup 77 &&
+  ip rule add pref 2 lookup local && ip rule del pref 0 && bash /run/wire_up &&
   rdma link add rxe0 type rxe netdev veth0 && rdma link add rxe1 type rxe netdev veth1'
 
 # One line, one command; its output, and then a line that begins with RS and holds its status.

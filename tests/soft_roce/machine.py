@@ -3,8 +3,9 @@
     python tests/soft_roce/machine.py 'ibv_devinfo && ib_write_bw --help'   # runs it inside, returns its status
 
 Data flow: Debian's stock kernel and the modules it needs are unpacked once into build/soft_roce (kernel, initramfs);
-QEMU emulates a CPU (TCG: no KVM needed), mounts this machine's / read-only over 9p, and init.sh makes the device rxe0
-(10.77.0.1) and carries out what comes over a serial port. Programs run inside are those of this machine.
+QEMU emulates a CPU (TCG: no KVM needed), mounts this machine's / read-only over 9p, and init.sh makes the devices rxe0
+(10.77.0.1) and rxe1 (10.77.1.1), with a wire between them, and carries out what comes over a serial port. Programs run
+inside are those of this machine.
 
 Facts: Debian's *cloud* kernels have no rdma_rxe. It needs crc32_generic, or `rdma link add` says "No such file or
 directory". It refuses `lo`, hence a veth pair. /dev/kvm may be there and hang at boot, hence TCG. Everything inside is
@@ -33,6 +34,7 @@ MODULES = (
     "crc32_generic",
     "rdma_rxe",
     "veth",
+    "sch_tbf",
 )
 PACKAGES = {  # a program of it, package
     "qemu-system-x86_64": "qemu-system-x86",
@@ -148,7 +150,8 @@ def build() -> None:
     install_packages()
     BUILD.mkdir(parents=True, exist_ok=True)
     kernel, modules = BUILD / "vmlinuz", BUILD / "modules"
-    if not (modules / "order").exists():
+    asked, wanted = modules / "asked", " ".join(MODULES)
+    if not asked.exists() or asked.read_text() != wanted:
         package = _kernel_package()
         print(f"unpacking {package} into {BUILD}", flush=True)
         for old in BUILD.glob("linux-image-*.deb"):
@@ -159,11 +162,13 @@ def build() -> None:
         (deb,) = BUILD.glob("linux-image-*.deb")
         _call("dpkg", "-x", str(deb), str(tree))
         shutil.copy(next(tree.glob("boot/vmlinuz-*")), kernel)
-        modules.mkdir(exist_ok=True)
+        shutil.rmtree(modules, ignore_errors=True)
+        modules.mkdir()
         loaded = _in_load_order(tree)
         for name, data in loaded:
             (modules / f"{name}.ko").write_bytes(data)
         (modules / "order").write_text("".join(f"{name}.ko\n" for name, _ in loaded))
+        asked.write_text(wanted)
         shutil.rmtree(tree)
         deb.unlink()
     folder, program, file = 0o040755, 0o100755, 0o100644
@@ -223,7 +228,7 @@ class Machine:
             ready = select.select([self._qemu.stdout], [], [], max(left, 0))[0]
             new = os.read(self._qemu.stdout.fileno(), 65536) if ready else b""
             if not new:
-                why = f"no end after {timeout_s} s" if left <= 0 else "the machine ended"
+                why = "the machine ended" if ready else f"no end after {timeout_s} s"
                 text = output.decode(errors="replace")
                 raise TimeoutError(f"{why}; output so far:\n{text}\n{self._kernel_messages()}")
             output += new

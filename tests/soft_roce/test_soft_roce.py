@@ -1,12 +1,14 @@
 """What needs an RDMA NIC, run where there is none: in the emulated machine of machine.py.
 
-The transport suite, each of its cases over `verbs` and over libfabric's `verbs;ofi_rxm`, and one exchange of 4 ranks as
-2 nodes over `verbs`. The programs are compiled here and run inside, one machine for all of them.
+The transport suite, each of its cases over `verbs` and over libfabric's `verbs;ofi_rxm`, and exchanges of 4 ranks as 2
+nodes over `verbs`, with and without faults. Programs are compiled here and run inside, one machine for all of them.
 """
 
+import ast
 import re
 import shlex
 import sys
+import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
@@ -20,13 +22,21 @@ from test_transport_suite import CASES, suite  # noqa: E402, F401
 SLOWNESS = 3  # limits of the cases are multiplied by this: CPU and NIC are emulated
 # libfabric makes completion queues for as many peers as it expects, 256 by default; rxe's hold 32767 entries.
 ENVIRONMENT = f"MOE_COMM_TEST_SLOWNESS={SLOWNESS} FI_UNIVERSE_SIZE=16"
-BOOT_S, CASE_S, EXCHANGE_S = 300, 200, 400
+BOOT_S, CASE_S = 300, 200
+ROW_S, RANKS_S, REPORT = 100, 600, "/run/ranks.xml"
 BACKENDS = ("verbs", "fabric:verbs;ofi_rxm")
 # Cases in which it matters that two NICs share the writes.
 OF_TWO_NICS = ("both_ways", "slices", "wrong_secret", "full_queue", "many_immediates", "wake_up", "disconnect_one",
                "last_words", "killed_writer", "withdrawn_region", "open_and_close")  # fmt: skip
 
-pytestmark = pytest.mark.timeout(BOOT_S + EXCHANGE_S)
+FAULTS_OF_CASES = {
+    "full_queue": "full send queue",
+    "sleeping_reader": "exhausted receive queue",
+    "withdrawn_region": "stale key of an engine",
+    "nobody_there": "refused, of an engine",
+}
+
+pytestmark = pytest.mark.timeout(BOOT_S + CASE_S)
 
 
 class Lazy:
@@ -76,8 +86,10 @@ def test_machine_has_a_nic(inside):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_case(inside, suite, backend, case):  # noqa: F811
+def test_case(inside, suite, matrix, backend, case):  # noqa: F811
     print(inside.run(f"{ENVIRONMENT} {suite} {shlex.quote(backend)} {case}", CASE_S))
+    if backend == "verbs" and case in FAULTS_OF_CASES:
+        matrix(FAULTS_OF_CASES[case], "", "verbs", "passes")
 
 
 @pytest.mark.parametrize("case", OF_TWO_NICS)
@@ -91,9 +103,58 @@ def test_endpoint_that_cannot_be_enabled(inside, suite):  # noqa: F811
     assert "fi_enable: EINVAL" in output
 
 
-def test_exchange(inside):
-    """Over one NIC by its name: left to choose, each rank takes its part of the two, and rxe0 does not reach rxe1."""
-    python = f"PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT} {shlex.quote(sys.executable)}"
-    output = inside.run(f"{python} {ROOT}/tests/soft_roce/exchange.py verbs:rxe0 2>&1", EXCHANGE_S)
-    print(output)
-    assert output.count("calls ok") == 8, output
+# Rows of tests/faults/test_fault_matrix.py.
+FAULTS = (
+    "test_killed[verbs-killed before its send-node-dispatch]",
+    "test_killed[verbs-killed before its send-rank-combine]",
+    "test_killed[verbs-killed during its send-rank-dispatch]",
+    "test_killed[verbs-killed during its send-node-combine]",
+    "test_killed[verbs-killed after its send-rank-dispatch]",
+    "test_killed[verbs-killed after its send-node-combine]",
+    "test_killed[verbs-killed as forwarder-node-dispatch]",
+    "test_killed[verbs-killed as forwarder-node-combine]",
+    "test_exits_after_its_last_combine[verbs-node]",
+    "test_exits_after_its_last_combine[verbs-rank]",
+    "test_stopped[verbs-node-dispatch]",
+    "test_link_is_cut[verbs-node-dispatch]",
+    "test_link_is_cut[verbs-rank-combine]",
+    "test_opening[verbs-no memory to register-rank]",
+    "test_opening[verbs-other secret-rank]",
+    "test_opening[verbs-connection refused-rank]",
+    "test_stale_key[verbs-rank]",
+    "test_nobody_dies[verbs-rank]",
+)
+RANKS = (f"{ROOT}/tests/soft_roce/in_machine.py::test_exchange",
+         *(f"{ROOT}/tests/faults/test_fault_matrix.py::{name}" for name in FAULTS))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def of_ranks(inside):
+    """{name: what pytest says of it inside}. One run for all: importing torch takes a minute in there."""
+    settings = {
+        "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "MOE_COMM_TEST_START": "fork", "MOE_COMM_TEST_BACKENDS": "verbs", "MOE_COMM_TEST_NICS": "rxe0 rxe1",
+        "MOE_COMM_TEST_SLOWNESS": str(SLOWNESS),
+    }  # fmt: skip
+    command = [
+        *("env", *(f"{name}={value}" for name, value in settings.items()), sys.executable, "-m", "pytest"),
+        *("-v", "-p", "pytest_timeout", "--timeout", str(ROW_S), "-p", "no:cacheprovider"),
+        *("-o", "faulthandler_timeout=0", "--rootdir", str(ROOT), "--junitxml", REPORT, *RANKS),
+    ]  # fmt: skip
+    output = inside.run(f"{shlex.join(command)} 2>&1; cat {REPORT}", RANKS_S)
+    text, mark, report = output.partition("<?xml")
+    assert mark, f"pytest ended without a report:\n{text}"
+    return {case.get("name"): case for case in xml.fromstring(mark + report).iter("testcase")}
+
+
+@pytest.mark.timeout(BOOT_S + RANKS_S + 100)
+@pytest.mark.parametrize("name", [name.partition("::")[2] for name in RANKS])
+def test_ranks(of_ranks, request, name):
+    """Exchanges of 4 ranks as 2 nodes, a NIC each: with a known result, and with faults."""
+    case = of_ranks[name]
+    for kind in ("failure", "error", "skipped"):
+        for found in case.iter(kind):
+            pytest.fail(f"{kind}, inside: {found.get('message')}\n{found.text}", pytrace=False)
+    print("".join(found.text for found in case.iter("system-out")))
+    for cell in case.iter("property"):
+        request.node.user_properties.append(("cell", ast.literal_eval(cell.get("value"))))

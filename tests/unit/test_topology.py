@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from moe_comm import TransportError, _engine, doctor
+from moe_comm.group import survey
+from moe_comm.nics import agreed_interface
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded"
 
@@ -183,3 +185,48 @@ def test_doctor_shows_what_a_rank_takes_and_why(sysfs, monkeypatch) -> None:
     assert "NUMA node 0; share 2 of 2, by GPU" in section[1]["why"]
     assert section[4]["for"] == "verbs, no GPU" and section[4]["nics"]
     assert {nic["driver"] for nic in doctor.nic_section()} == {"mlx5_core"}
+
+
+def opened_nics(rank, group, roots, place, interface):
+    """What this rank's engine is told, on a host and at a place of its own."""
+    os.environ["MOE_COMM_SYSFS"] = roots[rank]
+    try:
+        return agreed_interface(group, "verbs", interface[rank], place[rank], None)
+    except TransportError as error:
+        return str(error)
+
+
+def test_hosts_with_unequal_numbers_of_ranks_take_as_many_nics(sysfs, run_ranks) -> None:
+    """Of 4 NICs, one of 4 ranks takes one and one of 2 ranks would take two."""
+    vm = sysfs("vm")
+    assert nics(vm, place=1, num_places=2) == ["mlx5_2", "mlx5_3"]
+    found = run_ranks(opened_nics, 2, [vm, vm], [(3, 4), (1, 2)], ["", "gid=3"])
+    assert found == ["mlx5_3", "mlx5_2,gid=3"]
+
+
+def test_hosts_with_other_nics_take_as_many(sysfs, run_ranks, tmp_path) -> None:
+    vm = sysfs("vm")
+    (tmp_path / "other").mkdir()
+    found = run_ranks(opened_nics, 2, [vm, str(tmp_path / "other")], [(0, 2), (0, 1)], ["", ""])
+    assert found == ["mlx5_0", ""]  # the second: what the library finds, which is one
+    found = run_ranks(opened_nics, 2, [vm, vm], [(0, 2), (0, 1)], ["", ""])
+    assert found == ["mlx5_0+mlx5_1"] * 2
+
+
+def test_named_nics_of_unequal_number_are_an_error_on_every_rank(sysfs, run_ranks) -> None:
+    vm = sysfs("vm")
+    found = run_ranks(opened_nics, 2, [vm, vm], [(0, 1), (0, 1)], ["mlx5_0", "mlx5_1+mlx5_2"])
+    assert found[0] == found[1]
+    assert "got 2 on rank 1 (mlx5_1+mlx5_2) and 1 on rank 0 (mlx5_0)" in found[0]
+    found = run_ranks(opened_nics, 2, [vm, vm], [(0, 1), (0, 1)], ["mlx5_3", ""])
+    assert found == ["mlx5_3", "mlx5_0"]
+
+
+def places(rank, group, ranks_per_node):
+    return survey(group, ranks_per_node, {}).place
+
+
+def test_pretended_nodes_divide_the_nics_each_for_itself(run_ranks) -> None:
+    """So that rail peers, who talk to each other, have the same."""
+    assert run_ranks(places, 4, 2) == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert run_ranks(places, 4, 0) == [(0, 4), (1, 4), (2, 4), (3, 4)]
