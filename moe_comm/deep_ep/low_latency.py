@@ -17,8 +17,9 @@ from ..buffer import Buffer
 from ..dispatch import COMBINE, DISPATCH, Dispatched
 from ..group import EPGroup
 from ..handle import Handle
+from ..kernels.quant import GROUP
 from .normal import check_topk_idx
-from .quant import GROUP, cast_to_fp8, pack_ue8m0, through_logfmt
+from .quant import cast_to_fp8, through_logfmt
 from .refuse import WRONG
 from .windows import Sizes, Windows
 
@@ -80,8 +81,7 @@ class LowLatency:
                 check_stats(stats, local)
             payload = x.detach()
             if use_fp8:
-                rows, scales = cast_to_fp8(payload, round_scale=round_scale)
-                payload = (rows, pack_ue8m0(scales) if use_ue8m0 else scales)
+                payload = cast_to_fp8(payload, round_scale=round_scale, use_ue8m0=use_ue8m0)
         except WRONG as caught:
             error = str(caught) or type(caught).__name__
         capacity = self.group.num_ranks * max_tokens if sizes else 0
