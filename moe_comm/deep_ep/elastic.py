@@ -89,6 +89,15 @@ class ElasticBuffer:
                 isinstance(num_bytes, int) and num_bytes > 0 and num_bytes % SIZE_ALIGNMENT == 0
             ):
                 raise wrong("num_bytes", f"a multiple of {SIZE_ALIGNMENT} bytes", num_bytes)
+            for name, value in (
+                ("num_max_tokens_per_rank", num_max_tokens_per_rank),
+                ("hidden", hidden),
+                ("num_topk", num_topk),
+            ):
+                if not (isinstance(value, int) and value >= 0):
+                    raise wrong(name, "an int >= 0", value)
+            if not (isinstance(num_cpu_timeout_secs, (int, float)) and num_cpu_timeout_secs > 0):
+                raise wrong("num_cpu_timeout_secs", "seconds > 0", num_cpu_timeout_secs)
         self.group = group
         self.rank_idx, self.num_ranks = self._group.rank, self._group.num_ranks
         self.num_bytes, self.num_max_tokens_per_rank = num_bytes, num_max_tokens_per_rank
