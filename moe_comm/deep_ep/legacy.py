@@ -114,7 +114,7 @@ class Buffer:
         found = survey(self._group, WindowConfig.resolve().ranks_per_node, agreed)
         hops = "rank" if found.topology.num_nodes == 1 else "node"
         self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops)
-        self._low_latency = LowLatency(self._group, self.enable_shrink)
+        self._low_latency = LowLatency(self.runtime, self.enable_shrink)
         self._scratch: dict[bool, Tensor] = {}
 
     def destroy(self) -> None:

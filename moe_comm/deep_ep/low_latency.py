@@ -15,7 +15,6 @@ from torch import Tensor
 from ..arguments import Found, wrong
 from ..buffer import Buffer
 from ..dispatch import COMBINE, DISPATCH, Dispatched
-from ..group import EPGroup
 from ..handle import Handle
 from ..kernels.quant import GROUP
 from .normal import check_topk_idx
@@ -41,9 +40,9 @@ class Ticket:
 class LowLatency:
     """The low-latency half of one `deep_ep.Buffer`."""
 
-    def __init__(self, group: EPGroup, mask_lost: bool = False):
-        self.group = group
-        self.windows = Windows(group, mask_lost)
+    def __init__(self, normal: Buffer, mask_lost: bool = False):
+        self.group = normal.group
+        self.windows = Windows(normal, mask_lost)
         self._combine_rows: Tensor | None = None
 
     def close(self) -> None:
