@@ -141,8 +141,8 @@ struct Agreed {
   uint32_t row_bytes;
   uint32_t flags;  // bit 0: rows carry top-k ids and weights; bit 1: fp32 columns; bit 2: from a
                    // cached handle; bit 3: a combine whose copies travel one by one
-  uint32_t reserved;
-  uint64_t identity;  // combine and cached dispatch: which dispatch this belongs to; else 0
+  uint32_t max_tokens;  // of any rank in this dispatch, 0: any number. Ranks may say different ones
+  uint64_t identity;    // combine and cached dispatch: which dispatch this belongs to; else 0
 };
 
 // In front of every window, in the same write as its rows. Sent in every exchange, even with no

@@ -16,6 +16,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <span>
@@ -60,6 +61,12 @@ struct Timeouts {
   double silent_s = 30;    // a peer whose heartbeat stopped
   double verdict_s = 0.5;  // final readers wait this much longer for the forwarder's verdict
 };
+
+// Whether rows of one are rows of the other: all but max_tokens, which a reader checks.
+inline bool agrees(Agreed theirs, const Agreed& mine) {
+  theirs.max_tokens = mine.max_tokens;
+  return std::memcmp(&theirs, &mine, sizeof(Agreed)) == 0;
+}
 
 // One dispatch or combine in progress. Made by the caller, shared with the forwarder. Pointers are
 // the caller's tensors; they stay alive until the call ends.

@@ -61,7 +61,7 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
   }
   if (!found.ok()) header = verdict(call, epoch, source, found);
   const bool readable = header.status == kHeaderOk && call.error.ok() && header.kind == kDispatch &&
-                        std::memcmp(&header.agreed, &call.agreed, sizeof(Agreed)) == 0;
+                        agrees(header.agreed, call.agreed);
   std::vector<uint32_t> here(G, 0);  // rows of this round for each local rank
   if (readable) {
     const std::byte* rows = window + kHeaderBytes + counts_bytes(call, true);

@@ -39,6 +39,17 @@ std::string difference(const Agreed& theirs, const Agreed& mine) {
   return "";
 }
 
+// What the headers of a dispatch say of T: the most of a rank, and the least that a rank allows.
+struct TokenBounds {
+  uint32_t most = 0, most_rank = 0, allowed = UINT32_MAX, allowed_rank = 0;
+
+  void add(uint32_t rank, const Header& header) {
+    if (header.tokens > most) most = header.tokens, most_rank = rank;
+    const uint32_t bound = header.agreed.max_tokens;
+    if (bound && bound < allowed) allowed = bound, allowed_rank = rank;
+  }
+};
+
 }  // namespace
 
 // Keeps the first error found, in slot order, so that every rank blames the same peer where it can.
@@ -90,6 +101,7 @@ Status Exchange::wait_headers(Call& call) {
   const bool fresh = call.kind == kDispatch && !call.cached;
   const uint32_t L = num_local_experts(call);
   call.num_rounds = call.own_rounds;
+  TokenBounds bounds;
   if (fresh) {
     call.totals.assign(R, 0);
     call.tokens_of.assign(R, 0);
@@ -111,6 +123,7 @@ Status Exchange::wait_headers(Call& call) {
     if (call.failure.code() == Code::kTransport) continue;
     call.num_rounds = std::max(call.num_rounds, header.rounds);
     if (!fresh || !call.failure.ok()) continue;
+    bounds.add(source, header);
     call.tokens_of[source] = header.tokens;
     call.totals[source] = header.total_rows;
     // Ranks that may see different sets of sources agree on the epoch alone.
@@ -125,6 +138,14 @@ Status Exchange::wait_headers(Call& call) {
       std::memcpy(call.expert_rows.data() + static_cast<size_t>(source) * L, window + kHeaderBytes,
                   L * sizeof(uint32_t));
     }
+  }
+  if (bounds.most > bounds.allowed && call.failure.ok()) {
+    call.failure = {Code::kMismatch, "dispatch epoch " + std::to_string(epoch) +
+                                         ": max_tokens: rank " +
+                                         std::to_string(bounds.allowed_rank) + " passed " +
+                                         std::to_string(bounds.allowed) + ", rank " +
+                                         std::to_string(bounds.most_rank) + " has " +
+                                         std::to_string(bounds.most) + " tokens"};
   }
   if (call.kind == kCombine &&
       shape_.hops_node) {  // contributions of other nodes come by the links

@@ -5,7 +5,9 @@ two (`power_of_two`), or the exponent bytes of such powers, four groups in one i
 
 The kernels' casts are integers and float32, so that they mean the same on a device without FP8 (below sm_89) and in the
 interpreter, whose own cast does not round as hardware does. Where hardware has the cast, it is used.
-*Source*: the arithmetic of DeepEP's low-latency kernels, as moe_comm/deep_ep/quant.py has it.
+*Source*: the arithmetic of DeepEP's low-latency kernels. LogFMT is theirs in kind (sign, 9 bits of a log scale between
+the least and the largest magnitude of a group, rounding in the linear domain); its codes never travel here, so its bits
+are ours.
 """
 
 import torch
@@ -25,6 +27,28 @@ GROUPS = 8  # of one program; a multiple of four
 def groups_of(x: Tensor) -> Tensor:
     """[T, H] → float32 [T, S, 128], S = ⌈H/128⌉, zeros behind H."""
     return torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+
+
+def power_of_two_above(x: Tensor) -> Tensor:
+    """2^⌈log2 x⌉ of positive normal float32, exactly; 1 where it is not finite."""
+    bits = (x.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    return torch.where(x.isfinite(), bits.view(torch.float32), 1.0)
+
+
+def pack_ue8m0(scales: Tensor) -> Tensor:
+    """Powers of two, float32 [T, S] → int32 [T, ⌈S/4⌉]; groups behind S are 0."""
+    exponents = torch.nn.functional.pad(scales.view(torch.int32) >> 23, (0, -scales.shape[-1] % 4))
+    return (exponents.unflatten(-1, (-1, 4)) << _byte_shifts(scales)).sum(-1, dtype=torch.int32)
+
+
+def unpack_ue8m0(packed: Tensor, num_groups: int) -> Tensor:
+    """int32 [T, ⌈S/4⌉] → float32 [T, S]."""
+    exponents = (packed[..., None] >> _byte_shifts(packed)) & 0xFF
+    return (exponents.flatten(-2)[..., :num_groups] << 23).view(torch.float32)
+
+
+def _byte_shifts(like: Tensor) -> Tensor:
+    return torch.arange(0, 32, 8, dtype=torch.int32, device=like.device)
 
 
 def form_index(form: str) -> int:
@@ -47,16 +71,11 @@ def cast_to_fp8_torch(x: Tensor, *, form: str = "float32") -> tuple[Tensor, Tens
     if form == "float32":
         factors = amax.reciprocal() * FP8_MAX
     else:
-        bits = (scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000
-        scales = torch.where(amax.isfinite(), bits.view(torch.float32), 1.0)
+        scales = power_of_two_above(scales)
         factors = scales.reciprocal()
     scaled = (groups * factors[..., None]).clamp(-FP8_MAX, FP8_MAX)
     if form == "ue8m0":
-        exponents = torch.nn.functional.pad(
-            scales.view(torch.int32) >> 23, (0, -scales.shape[-1] % 4)
-        )
-        shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=x.device)
-        scales = (exponents.unflatten(-1, (-1, 4)) << shifts).sum(-1, dtype=torch.int32)
+        scales = pack_ue8m0(scales)
     return scaled.flatten(-2)[..., : x.shape[-1]].to(torch.float8_e4m3fn), scales
 
 
@@ -64,9 +83,7 @@ def cast_from_fp8_torch(out: Tensor, x: Tensor, scales: Tensor) -> None:
     """The inverse, into `out` [T, H] of any float dtype: float32 products, rounded. `scales` of any form."""
     groups = groups_of(x)
     if scales.dtype == torch.int32:
-        shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=x.device)
-        exponents = ((scales[..., None] >> shifts) & 0xFF).flatten(-2)[..., : groups.shape[-2]]
-        scales = (exponents << 23).view(torch.float32)
+        scales = unpack_ue8m0(scales, groups.shape[-2])
     out.copy_((groups * scales[..., None]).flatten(-2)[..., : x.shape[-1]])
 
 

@@ -206,6 +206,7 @@ class Buffer:
         alignment: int = 1,
         handle: Handle | None = None,
         capacity: int | None = None,
+        max_tokens: int | None = None,
         async_op: str | None = None,
         timeout_s: float | None = None,
     ) -> Any:
@@ -219,6 +220,7 @@ class Buffer:
             num_experts: E; expert e lives on rank e // ceil(E / R).
             layout, alignment, capacity: see `Dispatched`.
             handle: of an earlier dispatch: the same routing again (topk_idx, topk_weights and num_experts omitted).
+            max_tokens: of any rank in this call: all ranks raise MismatchError where one has more.
             async_op: None; "event": returns (Dispatched, Event); "hook": only sends, returns a `Hook` whose
                 `hook.result` is the Dispatched after it was called (one round: needs max_tokens <= C; at most two such
                 calls may be open).
@@ -238,6 +240,7 @@ class Buffer:
             capacity,
             timeout_s,
             async_op == "hook",
+            max_tokens,
         )
         return self._run(PendingDispatch, request, "dispatches", async_op)
 

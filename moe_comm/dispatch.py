@@ -69,6 +69,7 @@ class DispatchRequest:
     capacity: int | None  # rows per expert of the padded layout
     timeout_s: float | None
     deferred: bool  # received later, by a hook
+    max_tokens: int | None = None  # of any rank in this call
 
 
 class PendingDispatch:
@@ -114,6 +115,9 @@ class PendingDispatch:
         limit = buffer.max_tokens
         if not (limit is None or num_tokens <= limit):
             raise wrong(name, f"at most max_tokens = {limit} tokens", x)
+        most = request.max_tokens
+        if not (most is None or (isinstance(most, int) and 0 < most < 2**32)):
+            raise wrong("max_tokens", "an int >= 1 or None", most)
         idx = weights = None
         if handle is not None:
             topk, num_experts = self._check_cached(handle, num_tokens)
@@ -140,6 +144,8 @@ class PendingDispatch:
         else:
             self.lane_rows = handle.lane_rows
             load_handle(call, handle, buffer.topology.node_ranks)
+        if request.max_tokens is not None:
+            call.set_max_tokens(request.max_tokens)
         self.held = (x, scales, idx, weights, handle)
         call.set_source(
             num_tokens, x.data_ptr(), x.stride(0) * x.element_size(), 0 if idx is None else idx.data_ptr(),

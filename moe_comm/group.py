@@ -4,6 +4,7 @@ A node is a set of ranks that can store into each other's memory. Who can is not
 shared segment, and every other rank maps it (the functional probe). Nodes are numbered by their lowest rank.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -12,16 +13,18 @@ import pickle
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from . import _engine
-from .errors import ArgumentError, MismatchError, PeerTimeout
+from .errors import ArgumentError, MismatchError, PeerLost, PeerTimeout
 
 GATHER_TIMEOUT_S = 300.0
+_POLL_S = 0.01
 
 _process_groups: dict[
     str, "EPGroup"
@@ -42,6 +45,7 @@ class EPGroup:
         self.name = name
         self.num_buffers = 0  # made so far; the same on all ranks, because making one is collective
         self._gather = gather
+        self._bounded: Callable[[Any], list[Any]] | None = None
         self._secret: int | None = None
         self._store: dist.Store | None = None
         self.process_group: dist.ProcessGroup | None = None
@@ -51,7 +55,22 @@ class EPGroup:
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, by rank (None of one that is absent). Blocks; collective. Raises PeerTimeout naming
         who is missing."""
-        return self._gather(value)
+        return (self._bounded or self._gather)(value)
+
+    @contextlib.contextmanager
+    def bounded(
+        self, name: str, timeout_s: float, lost: Callable[[], Sequence[bool]]
+    ) -> Iterator[None]:
+        """Gathers inside go over the Store under `name`, end `timeout_s` from now, and do not wait for ranks that
+        `lost()` [R] says ended. Without a Store they are as usual. Raises: PeerLost, PeerTimeout."""
+        with contextlib.suppress(ArgumentError):
+            self._bounded = gather_over(
+                self.store, self.rank, range(self.num_ranks), name, timeout_s, lost
+            )
+        try:
+            yield
+        finally:
+            self._bounded = None
 
     @property
     def store(self) -> "dist.Store":
@@ -159,27 +178,60 @@ class EPGroup:
 
 
 def gather_over(
-    store: "dist.Store", rank: int, members: Sequence[int], name: str, timeout_s: float
+    store: "dist.Store",
+    rank: int,
+    members: Sequence[int],
+    name: str,
+    timeout_s: float,
+    lost: Callable[[], Sequence[bool]] | None = None,
 ) -> Callable[[Any], list[Any]]:
-    """A gather of the members' values, in their order. Raises PeerTimeout naming who is missing."""
+    """A gather of the members' values, in their order. Raises PeerTimeout naming who is missing.
+
+    With `lost` [R], the ranks that ended: PeerLost as soon as one of them is missing; `timeout_s` begins now, for all
+    gathers together.
+    """
     sequence = iter(range(1 << 62))
+    deadline = time.monotonic() + timeout_s
 
     def gather(value: Any) -> list[Any]:
         step = next(sequence)
         keys = {r: f"moe_comm/{name}/{step}/{r}" for r in members}
         store.set(keys[rank], pickle.dumps(value))  # type: ignore[arg-type]  # bytes work, the stub says str
-        try:
-            store.wait(list(keys.values()), datetime.timedelta(seconds=timeout_s))
-        except RuntimeError:  # DistStoreError is one; FileStore raises the bare class
-            missing = [r for r in members if not store.check([keys[r]])]
-            if not missing:
-                raise
-            raise PeerTimeout(
-                f"group {name!r}, step {step}: rank {rank} waited {timeout_s:.1f} s for ranks {missing}"
-            ) from None
+        what = f"group {name!r}, step {step}: rank {rank} waited"
+        if lost is None:
+            _wait(store, keys, what, timeout_s)
+        else:
+            _wait_or_lose(store, keys, what, timeout_s, deadline, lost)
         return [pickle.loads(store.get(key)) for key in keys.values()]
 
     return gather
+
+
+def _wait(store: "dist.Store", keys: dict[int, str], what: str, timeout_s: float) -> None:
+    try:
+        store.wait(list(keys.values()), datetime.timedelta(seconds=timeout_s))
+    except RuntimeError:  # DistStoreError is one; FileStore raises the bare class
+        missing = [r for r, key in keys.items() if not store.check([key])]
+        if not missing:
+            raise
+        raise PeerTimeout(f"{what} {timeout_s:.1f} s for ranks {missing}") from None
+
+
+def _wait_or_lose(
+    store: "dist.Store",
+    keys: dict[int, str],
+    what: str,
+    timeout_s: float,
+    deadline: float,
+    lost: Callable[[], Sequence[bool]],
+) -> None:
+    while missing := [r for r, key in keys.items() if not store.check([key])]:
+        ended = lost()
+        if gone := [r for r in missing if ended[r]]:
+            raise PeerLost(f"{what} for ranks {gone}, which ended")
+        if time.monotonic() >= deadline:
+            raise PeerTimeout(f"{what} {timeout_s:.1f} s for ranks {missing}")
+        time.sleep(_POLL_S)
 
 
 class _ProcessGroup(EPGroup):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .compile import compile_cpp
-from .methods import Method, Setting, same
+from .methods import Setting, Steps, same
 
 SOURCE = Path(__file__).parents[2] / "bench" / "copy_floor.cpp"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-ffp-contract=off")
@@ -42,7 +42,7 @@ class _Tables(ctypes.Structure):
     ]  # fmt: skip
 
 
-class CopyFloor(Method):
+class CopyFloor(Steps):
     def __init__(self, setting: Setting, layout: str):
         self.setting = s = setting
         case = s.case

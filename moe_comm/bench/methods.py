@@ -13,6 +13,7 @@
 A method is made for one case, checked against `moe_comm.reference`, and measured by the loops it offers.
 """
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -80,26 +81,38 @@ def same(label: str, what: str, got: Tensor, expected: Tensor, tolerance: float 
         raise BenchError(f"{label}: {what}: differs from the reference by up to {float(error):g}")
 
 
-class Method:
+class Method(abc.ABC):
     """One way to dispatch and combine. `facts` go into the JSON line."""
 
     label = ""
     facts: dict[str, Any]
-    rows: Any = None
 
+    @abc.abstractmethod
     def check(self) -> None:
         """Compares with the reference. Collective. Raises BenchError."""
-        raise NotImplementedError
 
-    def dispatch(self) -> None:
-        """Leaves what was received in `rows`."""
-        raise NotImplementedError
-
-    def combine(self, y: Any) -> Any:
-        raise NotImplementedError
-
+    @abc.abstractmethod
     def loops(self) -> list[Loop]:
         """What can be measured; operations dispatch, combine, both, and the halves."""
+
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """Frees what was made."""
+
+
+class Steps(Method):
+    """A method that is a dispatch, which leaves what it received in `rows`, and a combine of such rows."""
+
+    rows: Any = None
+
+    @abc.abstractmethod
+    def dispatch(self) -> None:
+        """Leaves what was received in `rows`."""
+
+    @abc.abstractmethod
+    def combine(self, y: Any) -> Any:
+        """Returns `y`, which is as `rows`, to the sources and adds it there."""
+
+    def loops(self) -> list[Loop]:
         self.dispatch()
 
         def combine() -> None:
@@ -110,9 +123,6 @@ class Method:
             Loop(self.label, ("combine",), (combine,)),
             Loop(self.label, ("both",), (self.dispatch, combine)),
         ]
-
-    def close(self) -> None:
-        pass
 
 
 class MoeComm(Method):
@@ -202,7 +212,7 @@ class MoeComm(Method):
         self.buffer.close()
 
 
-class GlooProgram(Method):
+class GlooProgram(Steps):
     label = "gloo"
 
     def __init__(self, setting: Setting):
@@ -288,7 +298,7 @@ class MpiAlltoallv(Method):
         return [Loop(self.label, ("dispatch",), (self.dispatch,))]
 
 
-class DeepEp(Method):
+class DeepEp(Steps):
     """DeepEP's own `Buffer` inside one NVLink domain, normal mode. Its tensors are on GPUs: the
     case's tokens are copied there first, and each part ends with a synchronisation of the device. Not tried in this
     repository's own runs, which had no GPU: take its figures with the care that the check's passing deserves."""

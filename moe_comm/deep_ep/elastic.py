@@ -89,6 +89,15 @@ class ElasticBuffer:
                 isinstance(num_bytes, int) and num_bytes > 0 and num_bytes % SIZE_ALIGNMENT == 0
             ):
                 raise wrong("num_bytes", f"a multiple of {SIZE_ALIGNMENT} bytes", num_bytes)
+            for name, value in (
+                ("num_max_tokens_per_rank", num_max_tokens_per_rank),
+                ("hidden", hidden),
+                ("num_topk", num_topk),
+            ):
+                if not (isinstance(value, int) and value >= 0):
+                    raise wrong(name, "an int >= 0", value)
+            if not (isinstance(num_cpu_timeout_secs, (int, float)) and num_cpu_timeout_secs > 0):
+                raise wrong("num_cpu_timeout_secs", "seconds > 0", num_cpu_timeout_secs)
         self.group = group
         self.rank_idx, self.num_ranks = self._group.rank, self._group.num_ranks
         self.num_bytes, self.num_max_tokens_per_rank = num_bytes, num_max_tokens_per_rank
@@ -222,7 +231,8 @@ class ElasticBuffer:
             x: [T, H], or a pair (payload, sf [T, P]), sf of 4-byte items in any strides.
             topk_idx: [T, K] int64 (int32 is taken), −1: none. topk_weights: [T, K] float32, or None.
             cumulative_local_expert_recv_stats: int32 [L]; the copies received for each expert are added to it.
-            num_max_tokens_per_rank: M; default the Buffer's. Needed without CPU sync.
+            num_max_tokens_per_rank: M; default the Buffer's. Needed without CPU sync, where it sizes outputs: all
+                ranks raise MismatchError if one has more tokens than another's M.
             expert_alignment: 1 by default; expanded groups begin at its multiples.
             handle: of an earlier dispatch: the same routing for another x, and other topk_weights if given. topk_idx
                 None; num_experts, num_max_tokens_per_rank, expert_alignment None or the same; no stats; the layout is
@@ -265,6 +275,7 @@ class ElasticBuffer:
             got = runtime.dispatch(
                 x, idx, topk_weights, num_experts=num_experts or 0,
                 layout="expert" if expand else "rank", alignment=alignment,
+                max_tokens=None if synced else max_tokens,
             )  # fmt: skip
             assert topk_idx is not None
             handle = self._new_handle(
@@ -296,17 +307,12 @@ class ElasticBuffer:
         num_sms: int,
         synced: bool,
     ) -> EPHandle:
-        most = max(got.handle.tokens_of)
-        if not synced and most > max_tokens:
-            raise wrong(
-                "num_max_tokens_per_rank", f"at least the {most} tokens of a rank", max_tokens
-            )
         return EPHandle.of(
             Routes.of(got, alignment),
             topk_idx,
             do_expand=expand,
             alignment=alignment,
-            max_tokens=max_tokens or most,
+            max_tokens=max_tokens or max(got.handle.tokens_of),
             num_sms=num_sms
             or self.get_theoretical_num_sms(got.handle.num_experts, got.handle.topk),
             is_synced=synced,

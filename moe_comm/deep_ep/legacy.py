@@ -33,7 +33,7 @@ from . import normal
 from .config import Config
 from .events import EventHandle, EventOverlap, wait_for_event
 from .low_latency import LowLatency, size_hint
-from .refuse import or_refuse
+from .refuse import or_refuse, or_tell
 
 
 class CpuStream:
@@ -63,7 +63,8 @@ class Buffer:
     where the types say that an older order is meant (a communicator in the ninth place, use_fabric in the eighth of
     eleven), as that.
 
-    Raises: ArgumentError; MismatchError; TransportError. *Source*: DeepEP's Buffer.
+    Raises: ArgumentError (the others: PeerError); MismatchError where sizes or modes differ; TransportError. *Source*:
+    DeepEP's Buffer.
     """
 
     num_sms: int = 20
@@ -87,15 +88,17 @@ class Buffer:
         shrink: Any = enable_shrink
         if not isinstance(shrink, (bool, int)):  # comm came ninth
             enable_shrink, comm = False, shrink
-        for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes)):
-            if not (isinstance(value, int) and value >= 0):
-                raise wrong(name, "an int >= 0", value)
         if group is not None:
             self._group = EPGroup.of(group)
         elif comm is not None:
             self._group = EPGroup.from_mpi(comm)
         else:
             raise ArgumentError("Either 'group' or 'comm' must be provided.")
+        sizes = {"num_nvl_bytes": num_nvl_bytes, "num_rdma_bytes": num_rdma_bytes}
+        with or_tell(self._group):
+            for name, value in sizes.items():
+                if not (isinstance(value, int) and value >= 0):
+                    raise wrong(name, "an int >= 0", value)
         self.group = group
         self.rank, self.group_size = self._group.rank, self._group.num_ranks
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
@@ -104,10 +107,14 @@ class Buffer:
         self.enable_shrink = bool(enable_shrink)
         # On one node both paths are the same, but for hops="rank" the sum starts at the bias, as in DeepEP's kernels
         # for one node; between nodes it starts there after the nodes were summed, as in theirs.
-        found = survey(self._group, WindowConfig.resolve().ranks_per_node, {})
+        # Clients compare sizes with what they need and make another Buffer: sizes that differ would part the ranks.
+        agreed = {
+            **sizes, "low_latency_mode": self.low_latency_mode, "enable_shrink": self.enable_shrink,
+        }  # fmt: skip
+        found = survey(self._group, WindowConfig.resolve().ranks_per_node, agreed)
         hops = "rank" if found.topology.num_nodes == 1 else "node"
         self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops)
-        self._low_latency = LowLatency(self._group, self.enable_shrink)
+        self._low_latency = LowLatency(self.runtime, self.enable_shrink)
         self._scratch: dict[bool, Tensor] = {}
 
     def destroy(self) -> None:
@@ -271,29 +278,7 @@ class Buffer:
         )  # fmt: skip
         return (*results, _event(async_finish))
 
-    def internode_dispatch(
-        self,
-        x: Any,
-        handle: tuple | None = None,
-        num_tokens_per_rank: Tensor | None = None,
-        num_tokens_per_rdma_rank: Tensor | None = None,
-        is_token_in_rank: Tensor | None = None,
-        num_tokens_per_expert: Tensor | None = None,
-        topk_idx: Tensor | None = None,
-        topk_weights: Tensor | None = None,
-        expert_alignment: int = 1,
-        num_worst_tokens: int = 0,
-        config: Config | None = None,
-        previous_event: Any = None,
-        async_finish: bool = False,
-        allocate_on_comm_stream: bool = False,
-    ) -> tuple[Any, Tensor | None, Tensor | None, list[int] | None, tuple | None, EventOverlap]:
-        """As `dispatch`."""
-        return self.dispatch(
-            x, handle, num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert,
-            topk_idx, topk_weights, expert_alignment, num_worst_tokens, config, previous_event, async_finish,
-            allocate_on_comm_stream,
-        )  # fmt: skip
+    internode_dispatch = dispatch
 
     def combine(
         self,
@@ -327,21 +312,7 @@ class Buffer:
         results = normal.combine(buffer, x, handle, topk_weights, bias)
         return (*results, _event(async_finish))
 
-    def internode_combine(
-        self,
-        x: Tensor,
-        handle: tuple,
-        topk_weights: Tensor | None = None,
-        bias: Any = None,
-        config: Config | None = None,
-        previous_event: Any = None,
-        async_finish: bool = False,
-        allocate_on_comm_stream: bool = False,
-    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        """As `combine`."""
-        return self.combine(
-            x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
-        )  # fmt: skip
+    internode_combine = combine
 
     # --- low-latency mode ------------------------------------------------------------------------
 

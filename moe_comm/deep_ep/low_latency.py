@@ -15,10 +15,10 @@ from torch import Tensor
 from ..arguments import Found, wrong
 from ..buffer import Buffer
 from ..dispatch import COMBINE, DISPATCH, Dispatched
-from ..group import EPGroup
 from ..handle import Handle
+from ..kernels.quant import GROUP
 from .normal import check_topk_idx
-from .quant import GROUP, cast_to_fp8, pack_ue8m0, through_logfmt
+from .quant import cast_to_fp8, through_logfmt
 from .refuse import WRONG
 from .windows import Sizes, Windows
 
@@ -40,9 +40,9 @@ class Ticket:
 class LowLatency:
     """The low-latency half of one `deep_ep.Buffer`."""
 
-    def __init__(self, group: EPGroup, mask_lost: bool = False):
-        self.group = group
-        self.windows = Windows(group, mask_lost)
+    def __init__(self, normal: Buffer, mask_lost: bool = False):
+        self.group = normal.group
+        self.windows = Windows(normal, mask_lost)
         self._combine_rows: Tensor | None = None
 
     def close(self) -> None:
@@ -80,8 +80,7 @@ class LowLatency:
                 check_stats(stats, local)
             payload = x.detach()
             if use_fp8:
-                rows, scales = cast_to_fp8(payload, round_scale=round_scale)
-                payload = (rows, pack_ue8m0(scales) if use_ue8m0 else scales)
+                payload = cast_to_fp8(payload, round_scale=round_scale, use_ue8m0=use_ue8m0)
         except WRONG as caught:
             error = str(caught) or type(caught).__name__
         capacity = self.group.num_ranks * max_tokens if sizes else 0

@@ -14,6 +14,7 @@ that live meet (`unmask`), and those who come begin the next generation. Growth 
 first mask.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -24,7 +25,6 @@ import torch
 from ..buffer import Buffer
 from ..errors import ArgumentError, MismatchError, PeerError, PeerLost
 from ..event import Hook
-from ..group import EPGroup
 from ..layout import RowFormat
 from .refuse import take_part
 
@@ -63,9 +63,11 @@ class Sizes:
 class Windows:
     """The present Buffer, and smaller ones whose hooks are open. `mask_lost`: NOTE [masks]."""
 
-    def __init__(self, group: EPGroup, mask_lost: bool = False):
-        self.group = group
+    def __init__(self, normal: Buffer, mask_lost: bool = False):
+        self.group = normal.group
         self.mask_lost = mask_lost
+        self._normal = normal  # knows who ended before there are windows
+        self._num_agreements = 0
         self._masked: set[int] = set()  # as far as was told, or asked for
         self.buffer: Buffer | None = None
         self.retired: list[Buffer] = []
@@ -90,9 +92,10 @@ class Windows:
             if buffer is not None:
                 take_part(buffer, kind, f"{GROWS}: {sizes}")
                 self._check_all_there(sizes)
-            self._agree(sizes, error)
-            assert sizes is not None
-            buffer = self._grow(sizes)
+            with self._bounded():
+                self._agree(sizes, error)
+                assert sizes is not None
+                buffer = self._grow(sizes)
         if error is not None:
             self._join(take_part(buffer, kind, error), sizes, error)
             raise ArgumentError(error)
@@ -170,7 +173,16 @@ class Windows:
         """Where a peer refused an exchange in order to grow: the gather that it waits in. Raises then."""
         if refused is not None and GROWS in str(refused):
             self._check_all_there(sizes)
-            self._agree(sizes, error)
+            with self._bounded():
+                self._agree(sizes, error)
+
+    def _bounded(self) -> contextlib.AbstractContextManager[None]:
+        """What is gathered inside is part of a call: it ends with the call's deadline, or when a rank has ended."""
+        self._num_agreements += 1
+        name = f"{self._normal.group.name}/{self._normal.serial}/low_latency/{self._num_agreements}"
+        return self.group.bounded(
+            name, self._normal.config.timeout_s, lambda: self._normal.native.lost
+        )
 
     def _agree(self, sizes: Sizes | None, error: str | None) -> None:
         """All ranks say what they need. Raises on all of them unless they need the same and nothing is wrong."""

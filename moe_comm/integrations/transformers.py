@@ -7,11 +7,21 @@ Either way that becomes one dispatch, the experts, one combine.
 - One Buffer per group (and options), made at the first forward and shared by all layers: its windows are the memory.
 - layout "expert" (default): one row per (token, local expert), no padding; the experts run with unit weights and
   the combine multiplies in fp32 before it sums, so bf16 results are rounded once less than in the plain model.
-- layout "rank" (>= 5.23): one row per token and top-k ids with the "off rank" sentinel; the experts weight and sum.
-  They then gather rows * K slots, most of them sentinels, which GptOss with eager experts rejects: hence the default.
+- layout "rank": one row per (token, rank), fewer bytes; each rank repeats a row for its experts and adds their results,
+  in fp32, and the combine adds the ranks. So no experts function sees a lane of another rank: only from 5.23 on is
+  there a sentinel for one, and GptOss with eager experts rejects it.
 - A rank that receives no row runs one dummy row, so every rank has the same graph and FSDP reduces the same things.
 Expert gradients come back summed over all tokens of the group; the others are the caller's (`all_reduce_gradients`).
 Expert parameters are DTensors and the rest is not: optimizers need `foreach=False` (torch fuses no such mixture).
+
+FSDP2 for the rest: from 5.23 on by `DistributedConfig(fsdp_size=…, ep_size=…, ep_implementation="moe_comm")`. Before,
+by hand after `parallelize`, the experts left out, and their gradients made the means that the others are:
+
+    experts = {p for p in model.parameters() if isinstance(p, DTensor)}
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=experts)
+    for p in experts:
+        p.register_hook(lambda grad: grad / mesh.size())
 """
 
 from __future__ import annotations
@@ -84,7 +94,7 @@ def register() -> None:
 def configure(*, layout: str | None = None, **buffer_options: Any) -> None:
     """Set the defaults for models parallelised from now on, e.g. by `from_pretrained(distributed_config=...)`.
 
-    layout: "expert" (one row per token and local expert) or "rank" (one row per token; transformers >= 5.23).
+    layout: "expert" (one row per token and local expert) or "rank" (one row per token and rank).
     buffer_options: any option of `moe_comm.Buffer` that does not follow from the model, such as `window_bytes`,
     `max_tokens`, `hops`, `transport`, `ranks_per_node`, `timeout_s`. The same on every rank.
     *Raises* ValueError, TypeError: unknown layout or option.
@@ -196,25 +206,26 @@ class _Exchange:
         )
         local_idx: Any = received.topk_idx
         if self.options.layout == "expert":
-            ones = received.x.new_ones(len(received.x), 1)
-            y = self._run(received.x, local_idx[:, None], ones)
+            y = self._run(received.x, local_idx)
             return moe_comm.combine(buffer, y, received.handle, weights=received.topk_weights)
-        # transformers marks a lane of another rank by the first id past the local ones (its weight is 0 already).
-        local_idx = local_idx.masked_fill(local_idx < 0, self.num_local_experts)
+        row, lane = (local_idx >= 0).nonzero(as_tuple=True)
+        y = self._run(received.x[row], local_idx[row, lane])
+        exact = torch.promote_types(y.dtype, torch.float32)
         weights: Any = received.topk_weights
-        y = self._run(received.x, local_idx, weights.to(topk_weights.dtype))
-        return moe_comm.combine(buffer, y, received.handle)
+        total = torch.zeros(received.x.shape, dtype=exact, device=y.device)
+        total = total.index_add(0, row, y.to(exact) * weights[row, lane, None])
+        return moe_comm.combine(buffer, total.to(y.dtype), received.handle)
 
-    def _run(
-        self, rows: torch.Tensor, local_idx: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """This rank's experts on the received rows; on a dummy row of zeros if there are none."""
+    def _run(self, rows: torch.Tensor, local_idx: torch.Tensor) -> torch.Tensor:
+        """One expert for each row, unweighted; on a dummy row of zeros if there are none."""
         if len(rows):
-            return self.experts_forward(rows, local_idx, weights).to(rows.dtype)
-        # The sum of no rows is a row of zeros that still depends on them (and so for weights): without either, this
-        # rank's backward would miss an exchange that the others make.
-        dummy, weight = rows.sum(dim=0, keepdim=True), weights.sum(dim=0, keepdim=True)[:, :1]
-        return self.experts_forward(dummy, local_idx.new_zeros(1, 1), weight)[:0].to(rows.dtype)
+            ones = rows.new_ones(len(rows), 1)
+            return self.experts_forward(rows, local_idx[:, None], ones).to(rows.dtype)
+        # The sum of no rows is a row of zeros that still depends on them: without it, this rank's backward would miss
+        # an exchange that the others make.
+        dummy = rows.sum(dim=0, keepdim=True)
+        out = self.experts_forward(dummy, local_idx.new_zeros(1, 1), rows.new_ones(1, 1))
+        return out[:0].to(rows.dtype)
 
     def _buffer(self, x: torch.Tensor, topk_idx: torch.Tensor) -> moe_comm.Buffer:
         """The Buffer of my group; made on first use, which is collective, with that layer's shape in mind."""
@@ -261,10 +272,6 @@ def _experts_of(model: Any) -> tuple[Any, list[Any]]:
 
 def _split_experts(model: Any, experts: list[Any], ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> Any:
     """What `apply_expert_parallelism` does from 5.23 on: parameters as DTensors, and the forward replaced."""
-    if _options.layout != "expert":
-        raise ValueError(
-            f"layout: expected 'expert' with transformers before 5.23, got {_options.layout!r}"
-        )
     num_ranks = ep_mesh.size()
     for module in experts:
         if module.num_experts % num_ranks:

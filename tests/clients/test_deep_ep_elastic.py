@@ -439,12 +439,23 @@ def check_errors(rank, group, num_ranks, store):
     fails(
         "x: expected at most num_max_tokens_per_rank = 3 tokens", send, buffer, case, rank, **most
     )
-    few = max(1, len(x))  # not all ranks say the same
-    if few < max(len(other) for other in case.xs):
-        with pytest.raises(errors, match="num_max_tokens_per_rank: expected at least the"):
-            send(buffer, case, rank, num_max_tokens_per_rank=few, do_cpu_sync=False)
-    else:
-        send(buffer, case, rank, num_max_tokens_per_rank=few, do_cpu_sync=False)
+    # Enough for each rank's own tokens, not for those of another: all raise, also who has a size of its own or none.
+    most = max(len(other) for other in case.xs)
+    lone = next(r for r, other in enumerate(case.xs) if len(other) < most)
+    for others in ({}, {"do_cpu_sync": True}, {"num_max_tokens_per_rank": 2 * most}):
+        few = {"do_cpu_sync": False, "num_max_tokens_per_rank": max(1, len(x))}
+        with pytest.raises(
+            moe_comm.MismatchError,
+            match=rf"max_tokens: rank \d passed \d+, rank \d has {most} tokens",
+        ):
+            send(buffer, case, rank, **{**few, **({} if rank == lone else others)})
+        send(buffer, case, rank, do_cpu_sync=False)
+    enough = {
+        "num_max_tokens_per_rank": most + rank,
+        "do_cpu_sync": False,
+    }  # not the same, and no matter
+    recv_x = send(buffer, case, rank, **enough)[0]
+    assert len(recv_x) == num_ranks * (most + rank)
     y = torch.zeros(handle.num_recv_tokens + (rank == 0), HIDDEN, dtype=torch.bfloat16)
     fails("x: expected a tensor of", buffer.combine, y, handle)
     fails("handle: expected the EPHandle", buffer.combine, y, None)

@@ -178,42 +178,60 @@ def check_vllm_low_latency(rank, group, num_ranks, store, node_of):
         allow_nvlink_for_low_latency_mode=True,
         allow_mnnvl=False,
         explicitly_destroy=True,
-        enable_shrink=False,
+        enable_shrink=True,
     )
     case = make_case([7, 16, 0, 12][:num_ranks], num_experts=num_experts, hidden=hidden)
     x, topk_ids, weights = case.xs[rank], case.idx[rank], case.weights[rank]
-    for use_fp8 in (False, True):
-        for use_ue8m0 in (False, True):
-            expert_x, expert_num_tokens, handle, _, hook = buffer.low_latency_dispatch(
-                x,
-                topk_ids,
-                max_tokens,
-                num_experts,
-                use_fp8=use_fp8,
-                round_scale=use_fp8 and use_ue8m0,
-                use_ue8m0=use_fp8 and use_ue8m0,
-                async_finish=False,
-                return_recv_hook=True,
-            )
-            hook()
-            if use_fp8:
-                expert_x = cast_from_fp8(*expert_x)
-            assert expert_num_tokens.dtype == torch.int32
-            output = torch.full_like(x, torch.nan)
-            _, _, hook = buffer.low_latency_combine(
-                expert_x,
-                topk_ids,
-                weights,
-                handle,
-                async_finish=False,
-                zero_copy=False,
-                return_recv_hook=True,
-                out=output,
-            )
-            hook()
-            sent = cast_from_fp8(*cast_to_fp8(x, round_scale=use_ue8m0)) if use_fp8 else x
-            assert same(output, unchanged(sent, topk_ids, weights))
+
+    def forward():
+        for use_fp8 in (False, True):
+            for use_ue8m0 in (False, True):
+                expert_x, expert_num_tokens, handle, _, hook = buffer.low_latency_dispatch(
+                    x,
+                    topk_ids,
+                    max_tokens,
+                    num_experts,
+                    use_fp8=use_fp8,
+                    round_scale=use_fp8 and use_ue8m0,
+                    use_ue8m0=use_fp8 and use_ue8m0,
+                    async_finish=False,
+                    return_recv_hook=True,
+                )
+                hook()
+                if use_fp8:
+                    expert_x = cast_from_fp8(*expert_x)
+                assert expert_num_tokens.dtype == torch.int32
+                output = torch.full_like(x, torch.nan)
+                _, _, hook = buffer.low_latency_combine(
+                    expert_x,
+                    topk_ids,
+                    weights,
+                    handle,
+                    async_finish=False,
+                    zero_copy=False,
+                    return_recv_hook=True,
+                    out=output,
+                )
+                hook()
+                sent = cast_from_fp8(*cast_to_fp8(x, round_scale=use_ue8m0)) if use_fp8 else x
+                assert same(output, unchanged(sent, topk_ids, weights))
+
+    def masks():
+        buffer.low_latency_query_mask_buffer(
+            status := torch.full((num_ranks,), 7, dtype=torch.int32)
+        )
+        return status.tolist()
+
+    forward()
+    assert masks() == [0] * num_ranks
+    # Its fault recovery: who does not answer is masked; later memory and masks are wiped, and all go on.
+    other = (rank + 1) % num_ranks
+    buffer.low_latency_update_mask_buffer(other, True)
+    assert masks() == [int(r == other) for r in range(num_ranks)]
     buffer.get_local_buffer_tensor(dtype=torch.int8, use_rdma_buffer=True).zero_()
+    buffer.low_latency_clean_mask_buffer()
+    assert masks() == [0] * num_ranks
+    forward()
     buffer.destroy()
 
 

@@ -169,6 +169,35 @@ def test_killed_rank(world):
     world(check_killed, may_die=[DEAD])
 
 
+def check_killed_before(rank, group, store, shrink):
+    """Windows are made in the first call: all ranks must come, and who ended is not waited for."""
+    buffer = open_buffer(rank, store, enable_shrink=shrink)
+    wait_for_all(group, rank, "made")
+    if rank == DEAD:
+        os.kill(os.getpid(), signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises((moe_comm.PeerLost, moe_comm.PeerTimeout), match=r"for ranks \[1\]"):
+        send(buffer, make(), rank)
+    assert time.monotonic() - start < 4
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_killed_before_the_first_call(world, shrink):
+    world(check_killed_before, shrink, may_die=[DEAD])
+
+
+def check_killed_before_on_one_node(rank, group, store):
+    """The same at once, however long a call may take."""
+    start = time.monotonic()
+    check_killed_before(rank, group, store, False)
+    assert time.monotonic() - start < 20
+
+
+def test_killed_before_the_first_call_on_one_node(run_ranks, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOE_COMM_TIMEOUT_S", "300")
+    run_ranks(check_killed_before_on_one_node, NUM_RANKS, str(tmp_path / "gloo"), may_die=[DEAD])
+
+
 def check_killed_between(rank, group, store, hook):
     """Its tokens were received, and its results are missing."""
     buffer = open_buffer(rank, store)

@@ -201,6 +201,8 @@ def check_constructors(rank, group, num_ranks, store):
     refused("num_bytes: expected an int, or", hidden=0)
     refused("num_bytes: expected a multiple", num_bytes=1 << 20)
     refused("hidden: expected an int", hidden=64.5)
+    refused("num_topk: expected an int", num_topk=-1)
+    refused("num_cpu_timeout_secs: expected seconds", num_cpu_timeout_secs="300")
     refused(DIFFERS, hidden=2 * HIDDEN)
     hybrid = {"group": process_group, "hidden_dim": HIDDEN, "max_num_of_tokens_per_rank": M}
     hybrid["num_local_experts"] = EXPERTS // num_ranks
@@ -208,6 +210,18 @@ def check_constructors(rank, group, num_ranks, store):
     refused("hidden_dim: expected", hidden_dim=0)
     refused("max_num_of_tokens_per_rank: expected", max_num_of_tokens_per_rank=None)
     refused("num_local_experts: expected", num_local_experts="8")
+
+    legacy = {"group": process_group, "num_nvl_bytes": 1 << 20, "low_latency_mode": True}
+    refused = Checks(rank, deep_ep.Buffer, legacy, works).refused
+    refused("num_nvl_bytes: expected an int >= 0", num_nvl_bytes=-128)
+    refused("num_nvl_bytes: expected an int >= 0", num_nvl_bytes=1e9)
+    refused("num_rdma_bytes: expected an int >= 0", num_rdma_bytes=None)
+    for name, other in {
+        "num_nvl_bytes": 2 << 20, "num_rdma_bytes": 128, "low_latency_mode": False, "enable_shrink": True
+    }.items():  # fmt: skip
+        with pytest.raises(moe_comm.MismatchError, match=f"{name}: rank 1 passed {other}, rank 0"):
+            deep_ep.Buffer(**{**legacy, **({name: other} if rank == WRONG else {})})
+        works()
 
 
 def test_constructors(world):

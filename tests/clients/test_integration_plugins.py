@@ -46,18 +46,21 @@ USE = {
 
 
 @pytest.fixture(scope="module")
-def metadata(tmp_path_factory):
-    """A directory with what a wheel says of this package."""
-    place = tmp_path_factory.mktemp("metadata")
+def installed(tmp_path_factory):
+    """A directory with what a wheel holds: this package, and what is said of it."""
+    place = tmp_path_factory.mktemp("installed")
+    (place / "moe_comm").mkdir()
+    for part in (*(ROOT / "moe_comm").iterdir(), ROOT / "kernels"):
+        (place / "moe_comm" / part.name).symlink_to(part)
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(place)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return place
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_plugin(metadata, tmp_path, group):
+def test_plugin(installed, tmp_path, group):
     """Without site (-S), as after `pip install --target`: no .pth file is read."""
-    path = os.pathsep.join(map(str, [metadata, tmp_path, ROOT, sysconfig.get_path("purelib")]))
+    path = os.pathsep.join(map(str, [installed, tmp_path, sysconfig.get_path("purelib")]))
     for code in (ASKED, REFUSED):
         code = LOAD.replace("GROUP", repr(group)) + code + USE[group]
         command = [sys.executable, "-S", "-c", code]

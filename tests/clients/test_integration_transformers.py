@@ -14,10 +14,13 @@ import torch.distributed as dist
 from transformer_models import (
     BOUND,
     MODELS,
+    SEQ_LEN,
     build,
     check_fsdp,
+    check_gradients,
     check_model,
     error,
+    loss_and_logits,
     mesh_of,
     of_each,
 )
@@ -111,6 +114,34 @@ def test_models(run_ranks, tmp_path, num_ranks):
     run_ranks(check_new, num_ranks, num_ranks, str(tmp_path / "store"), timeout_s=280)
 
 
+def check_fsdp_by_hand(case, name, mesh, layout):
+    """As the head of the integration says for versions before 5.23."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    import moe_comm.integrations.transformers as ep
+
+    alone, model = build(name), build(name)
+    ep.parallelize(model, mesh, layout=layout, **OPTIONS)
+    experts = {p for p in model.parameters() if isinstance(p, DTensor)}
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=experts)
+    for p in experts:
+        p.register_hook(lambda grad: grad / mesh.size())
+
+    tokens = torch.randint(
+        64, (2 * mesh.size(), SEQ_LEN + 1), generator=torch.Generator().manual_seed(3)
+    )
+    mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    loss, logits = loss_and_logits(alone, tokens, len(tokens) * SEQ_LEN)
+    loss.backward()
+    my_loss, my_logits = loss_and_logits(model, tokens[mine], 2 * SEQ_LEN)
+    my_loss.backward()
+    assert error(my_logits, logits[mine]) <= BOUND, case
+    assert all(isinstance(p, DTensor) for p in model.parameters()), case
+    check_gradients(case, alone, model)
+
+
 def check_old(rank, group, num_ranks, store, version):
     sys.path.insert(0, str(OLD[version]))
     import transformers
@@ -121,19 +152,24 @@ def check_old(rank, group, num_ranks, store, version):
 
     batches = of_each(num_ranks)
     for name in MODELS:
-        models = [build(name), build(name)]
-        check_model(f"{version} {name}", models, mesh, "expert", batches, **OPTIONS)
+        for layout in ("expert", "rank"):
+            models = [build(name), build(name)]
+            check_model(f"{version} {name} {layout}", models, mesh, layout, batches, **OPTIONS)
         with pytest.raises(ValueError, match=f"{name}ForCausalLM: its experts are already split"):
             ep.parallelize(models[1], mesh["ep"], mesh["tp"])
     models = [build("Qwen3Moe"), build("Qwen3Moe")]
     models[1].gradient_checkpointing_enable()
     check_model(f"{version} checkpointing", models, mesh, "expert", batches, **OPTIONS)
-    models = [build("GptOss"), build("GptOss")]
-    for model in models:
-        model.set_experts_implementation("eager")
-    check_model(f"{version} eager", models, mesh, "expert", batches, **OPTIONS)
+    for layout in ("expert", "rank"):
+        models = [build("GptOss"), build("GptOss")]
+        for model in models:
+            model.set_experts_implementation("eager")
+        check_model(f"{version} eager {layout}", models, mesh, layout, batches, **OPTIONS)
     assert len(ep.buffers()) == 1, "one Buffer for all layers and models of a group"
-    check_two_batches(mesh, num_ranks, ("expert",))
+    check_two_batches(mesh, num_ranks, ("expert", "rank"))
+    for name in MODELS:
+        for layout in ("expert", "rank"):
+            check_fsdp_by_hand(f"{version} {name} {layout}", name, mesh["ep"], layout)
     shared = build("Mixtral")
     split = type(shared)(shared.config)
     split.load_state_dict(shared.state_dict())
@@ -145,10 +181,6 @@ def check_old(rank, group, num_ranks, store, version):
         shared(torch.zeros(1, 4, dtype=torch.int64))
     ep.parallelize(shared, mesh["ep"], mesh["tp"], **OPTIONS)
     shared(torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(
-        ValueError, match=r"layout: expected .expert. with transformers before 5\.23"
-    ):
-        ep.parallelize(build("Mixtral"), mesh["ep"], mesh["tp"], layout="rank")
     with pytest.raises(
         ValueError, match=f"num_experts: expected a multiple of {num_ranks} ranks, got 7"
     ):

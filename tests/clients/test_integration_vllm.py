@@ -34,7 +34,7 @@ REAL = {
     f"{MOE}.prepare_finalize.deepep_v2",
 }
 TOKENS, TOPK, EXPERTS = [7, 0, 5, 12], 3, 8
-state = SimpleNamespace(ubatch=0, internode=False)
+state = SimpleNamespace(ubatch=0, internode=False, fault_tolerance=False)
 
 
 class ExpertTokensMetadata:
@@ -80,7 +80,6 @@ def constants(num_ranks):
         "dbo_yield_and_switch_from_compute_to_comm": nothing,
     }  # fmt: skip
     counts = SimpleNamespace(num_tokens_across_dp_cpu=torch.tensor(TOKENS[:num_ranks]))
-    parallel = SimpleNamespace(enable_fault_tolerance=False)
     quantization = "vllm.model_executor.layers.quantization.utils.mxfp8_utils"
     return {
         f"{MOE}.modular_kernel": kernel,
@@ -98,7 +97,9 @@ def constants(num_ranks):
             "tl": SimpleNamespace(constexpr=int),
         },
         "vllm.config": {
-            "get_current_vllm_config": lambda: SimpleNamespace(parallel_config=parallel)
+            "get_current_vllm_config": lambda: SimpleNamespace(
+                parallel_config=SimpleNamespace(enable_fault_tolerance=state.fault_tolerance)
+            )
         },
         "vllm.distributed.parallel_state": {
             "get_dp_group": lambda: group,
@@ -221,7 +222,20 @@ def check_low_latency(rank, group, num_ranks, fp8, ue8m0):
         assert meta.expert_num_tokens.tolist() == want.tokens_per_expert[rank].tolist()
         return rows, unchanged(case.xs[rank], case.idx[rank], case.weights[rank])
 
-    two_batches(rank, num_ranks, step, TopKWeightAndReduceDelegate(), 2048, fp8, ue8m0, check)
+    def forward():
+        two_batches(rank, num_ranks, step, TopKWeightAndReduceDelegate(), 2048, fp8, ue8m0, check)
+
+    forward()
+    if state.fault_tolerance:
+        DeepEPLLAll2AllManager._mask = torch.zeros(num_ranks, dtype=torch.int32)  # it says "cuda"
+        torch.accelerator.synchronize = lambda: None
+        assert buffer.enable_shrink and not manager.query_fault()
+        buffer.low_latency_update_mask_buffer((rank + 1) % num_ranks, True)
+        assert manager.query_fault()
+        assert manager.query_active_mask().nonzero().tolist() == [[(rank + 1) % num_ranks]]
+        manager.clean_buffers()
+        assert not manager.query_fault()
+        forward()
     manager.destroy()
 
 
@@ -294,6 +308,8 @@ def run_vllm(rank, group, num_ranks, store, node_of):
             check_v2(rank, process_group, num_ranks, False, fp8)
             check_v2(rank, process_group, num_ranks, True, fp8)
         check_low_latency(rank, process_group, num_ranks, True, True)
+        state.fault_tolerance = True
+        check_low_latency(rank, process_group, num_ranks, False, False)
 
 
 @pytest.mark.timeout(200)

@@ -48,8 +48,8 @@ def check_models(mesh: Any, num_ranks: int) -> None:
     models[1].gradient_checkpointing_enable()
     check_model("checkpointing", models, mesh, "expert", batches, **options)
 
-    # The eager experts of GptOss have no class for "another rank's": layout "expert" never needs one.
-    for name, layout in (("GptOss", "expert"), ("Qwen3Moe", "rank")):
+    # The eager experts of GptOss have no class for "another rank's": they never see one.
+    for name, layout in (("GptOss", "expert"), ("GptOss", "rank"), ("Qwen3Moe", "rank")):
         models = [build(name), build(name)]
         for model in models:
             model.set_experts_implementation("eager")

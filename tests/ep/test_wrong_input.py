@@ -244,6 +244,25 @@ def test_padded_capacity_exceeded(run_threads):
     run_threads(body, 2, hidden=64, topk=1, num_experts=2)
 
 
+@pytest.mark.parametrize("hops", ["node", "rank"])
+def test_more_tokens_than_a_rank_allows(run_threads, hops):
+    """Each rank has as many as it allows itself; all learn who allows too few for whom."""
+
+    def body(buffer, rank):
+        for rank_that_says, least in ((3, 4), (2, 1)):
+            text = f"max_tokens: rank {rank_that_says} passed {least}, rank 0 has 5 tokens"
+            given = {2: 1, 3: 4} if rank_that_says == 2 else {3: 4}
+            with pytest.raises(MismatchError, match=text):
+                dispatch(buffer, GOOD, rank, max_tokens=given.get(rank))
+            good_call(buffer, rank)
+        dispatch(buffer, GOOD, rank, max_tokens=5 + rank)
+        with pytest.raises(ArgumentError if rank == 1 else PeerError, match="max_tokens: expected"):
+            dispatch(buffer, GOOD, rank, max_tokens=0 if rank == 1 else 5)
+        good_call(buffer, rank)
+
+    run_threads(body, 4, **OPTIONS, hops=hops)
+
+
 def test_row_larger_than_the_window(run_threads):
     def body(buffer, rank):
         with pytest.raises(ArgumentError, match="window_bytes"):

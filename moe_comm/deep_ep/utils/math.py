@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..quant import FP8_MAX, LEAST_AMAX, cast_from_fp8, groups_of, pack_ue8m0, power_of_two_above
+from ...kernels.quant import FP8_MAX, LEAST_AMAX, groups_of, pack_ue8m0, power_of_two_above
+from ..quant import cast_from_fp8
 
 
 def ceil_div(a: int, b: int) -> int:
