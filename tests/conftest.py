@@ -12,12 +12,26 @@ from multiprocessing.connection import wait as wait_for
 
 import efa_rules as shim
 import pytest
+import through
 from rank_process import rank_main
 
 import moe_comm
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm"])
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--through", choices=through.KINDS, help="tests/ep: move tensors of public calls to this device and back"
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    kind = config.getoption("--through")
+    if kind:
+        os.environ[through.VARIABLE] = kind  # for the ranks' processes
+        through.install(kind)
 
 
 class RanksFailed(AssertionError):

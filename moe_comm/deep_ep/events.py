@@ -16,19 +16,14 @@ from ..arguments import wrong
 from ..event import Event
 
 
-class EventHandle:
+class EventHandle(Event):
     """Everything that this thread (its current stream, if there is one) was given up to now."""
 
     def __init__(self) -> None:
-        self._recorded: torch.cuda.Event | None = None
+        super().__init__()
         if torch.cuda.is_initialized():
             self._recorded = torch.cuda.Event()
             self._recorded.record(torch.cuda.current_stream())
-
-    def current_stream_wait(self) -> None:
-        """Orders the current stream behind it. Does not block; without CUDA, nothing is left to wait for."""
-        if self._recorded is not None:
-            torch.cuda.current_stream().wait_event(self._recorded)
 
 
 class EventOverlap:
@@ -48,6 +43,11 @@ class EventOverlap:
         self.extra_tensors = extra_tensors
         self.hook_after_wait: Callable[[], Any] | None = None
         self._release = False
+
+    def record(self, recorded: Any) -> None:
+        """The event of an async call becomes `recorded`, an event of a device."""
+        if self.event is not None:
+            self.event.record(recorded)
 
     def register_hook_after_wait(self, fn: Callable[[], Any]) -> None:
         """Runs `fn` after the next wait. Raises: ArgumentError if there is one already."""
@@ -92,7 +92,7 @@ def wait_for_event(event: Any, name: str = "previous_event") -> None:
         event = event.event
     if event is None:
         return
-    if isinstance(event, (EventHandle, Event)):
+    if isinstance(event, Event):
         event.current_stream_wait()
     elif isinstance(event, torch.cuda.Event):
         torch.cuda.current_stream().wait_event(event)
