@@ -13,6 +13,7 @@ from multiprocessing.connection import wait as wait_for
 import efa_rules as shim
 import pytest
 import through
+import torch
 from rank_process import rank_main
 
 import moe_comm
@@ -32,6 +33,11 @@ def pytest_configure(config):
     if kind:
         os.environ[through.VARIABLE] = kind  # for the ranks' processes
         through.install(kind)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip(f"no GPU that torch {torch.__version__} can use")
 
 
 class RanksFailed(AssertionError):
