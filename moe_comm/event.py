@@ -15,7 +15,7 @@ class Event:
     def __init__(self) -> None:
         self._recorded: Any = None  # a device's event
 
-    def record(self, recorded: Any) -> None:
+    def _record(self, recorded: Any) -> None:
         """From now on this is `recorded`, an event of a device."""
         self._recorded = recorded
 

@@ -216,7 +216,7 @@ class _Stage:
         if not hooks:
             self._copy_back()
         for event in events:
-            event.record(self.copies.event(self.device))
+            event._record(self.copies.event(self.device))
         return given
 
     def _give(self, value: Any, keeps: tuple[int, ...], hooks: list, events: list) -> Any:
@@ -237,7 +237,7 @@ class _Stage:
         if isinstance(value, types.FunctionType):  # deep_ep's hooks
             hooks.append(value)
             return self._receiver(value)
-        if hasattr(value, "record"):
+        if hasattr(value, "_record"):
             events.append(value)
         return value
 

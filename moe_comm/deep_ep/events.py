@@ -16,14 +16,22 @@ from ..arguments import wrong
 from ..event import Event
 
 
-class EventHandle(Event):
+class EventHandle:
     """Everything that this thread (its current stream, if there is one) was given up to now."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self._recorded: Any = None
         if torch.cuda.is_initialized():
             self._recorded = torch.cuda.Event()
             self._recorded.record(torch.cuda.current_stream())
+
+    def _record(self, recorded: Any) -> None:
+        self._recorded = recorded
+
+    def current_stream_wait(self) -> None:
+        """Orders the current stream behind it. Does not block; without CUDA, nothing is left to wait for."""
+        if self._recorded is not None:
+            self._recorded.wait()
 
 
 class EventOverlap:
@@ -44,10 +52,9 @@ class EventOverlap:
         self.hook_after_wait: Callable[[], Any] | None = None
         self._release = False
 
-    def record(self, recorded: Any) -> None:
-        """The event of an async call becomes `recorded`, an event of a device."""
+    def _record(self, recorded: Any) -> None:
         if self.event is not None:
-            self.event.record(recorded)
+            self.event._record(recorded)
 
     def register_hook_after_wait(self, fn: Callable[[], Any]) -> None:
         """Runs `fn` after the next wait. Raises: ArgumentError if there is one already."""
@@ -92,7 +99,7 @@ def wait_for_event(event: Any, name: str = "previous_event") -> None:
         event = event.event
     if event is None:
         return
-    if isinstance(event, Event):
+    if isinstance(event, (EventHandle, Event)):
         event.current_stream_wait()
     elif isinstance(event, torch.cuda.Event):
         torch.cuda.current_stream().wait_event(event)
