@@ -4,19 +4,21 @@ Without a GPU the launcher's structs go to the same kernels as host code (fused_
 """
 
 import ctypes
+import os
 import re
+import shlex
 import subprocess
 
 import pytest
 import simulated_exchange
 import test_kernels_exchange as exchange
 import torch
-from conftest import CXX
 from test_kernels import FLOATS, bits, lanes_of, make_terms, random_bytes, random_topk
 
 from moe_comm.kernels import CUDA, TORCH, cuda, for_device, fused
 from moe_comm.layout import DTYPE_CODES, RowFormat
 
+CXX = shlex.split(os.environ.get("CXX") or "g++")
 STRUCTS = {
     "DeviceRing": fused.DeviceRing, "dispatch::Arguments": fused.Send, "receive::Forward": fused.Forward,
     "receive::Unpack": fused.Unpack, "combine::Arguments": fused.Combine,
@@ -55,6 +57,7 @@ def parameters(name):
         program, (*cuda.OPTIONS, "--gpu-architecture=compute_90", f"--include-path={cuda.HERE}")
     )
     ptx = nvrtc.getPTX(program)
+    ptx = ptx if isinstance(ptx, str) else ptx.decode()
     nvrtc.destroyProgram(program)
     found = {}
     for kernel, text in re.findall(r"\.entry (\w+)\((.*?)\)", ptx, re.DOTALL):
