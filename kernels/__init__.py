@@ -5,8 +5,9 @@
 
 Every step is a function of tensors and ints that writes where it is told: it waits for nothing and knows no epoch, no
 header and no peer. Its torch twin, `<step>_torch`, says what it means, to the bit, and runs on any device; beside it
-stands the same step in Triton, `<step>_triton`. `for_device` chooses: the twins for CPU tensors, Triton for CUDA
-tensors, or what MOE_COMM_KERNELS (torch or triton) says. (An exchange of CPU tensors runs the C++ loops of
+stands the same step in Triton, `<step>_triton`; pack, forward, unpack and reduce are also made by the fused kernels of
+*.cu (fused.py), called one by one. `for_device` chooses: the twins for CPU tensors, Triton for CUDA tensors, or what
+MOE_COMM_KERNELS (torch, triton or cuda) says. (An exchange of CPU tensors runs the C++ loops of
 csrc/rows.hpp instead, because its forwarder must not need the interpreter; tests compare the two.)
 """
 
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import fused
 from .forward import (
     Forwarded,
     forward_tables_torch,
@@ -119,11 +121,19 @@ TRITON = Kernels(
     through_logfmt=through_logfmt_triton,
 )
 
-_BY_NAME = {"torch": TORCH, "triton": TRITON}
+CUDA = TRITON._replace(
+    name="cuda",
+    pack=fused.pack_cuda,
+    forward=fused.forward_cuda,
+    unpack=fused.unpack_cuda,
+    reduce=fused.reduce_cuda,
+)
+
+_BY_NAME = {"torch": TORCH, "triton": TRITON, "cuda": CUDA}
 
 
 def for_device(device: torch.device | str) -> Kernels:
-    """The steps for tensors on this device; MOE_COMM_KERNELS (torch or triton) forces.
+    """The steps for tensors on this device; MOE_COMM_KERNELS (torch, triton or cuda) forces.
 
     Raises: NotImplementedError, naming what is missing, for a device without kernels; ValueError for another value of
     MOE_COMM_KERNELS.
@@ -141,4 +151,4 @@ def for_device(device: torch.device | str) -> Kernels:
     return TORCH if kind == "cpu" else TRITON
 
 
-__all__ = ["Kernels", "TORCH", "TRITON", "for_device", "Forwarded", "Placed", "Routed"]
+__all__ = ["Kernels", "CUDA", "TORCH", "TRITON", "for_device", "Forwarded", "Placed", "Routed"]

@@ -41,7 +41,7 @@ def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
     if not (isinstance(value, Tensor)):
         raise wrong(name, f"a tensor {shape}", value)
     if not value.is_cpu:
-        raise wrong(name, "a CPU tensor", value)
+        raise wrong(name, "a CPU or CUDA tensor", value)
     if not (value.dim() == 2):
         raise wrong(name, shape, value)
     row_bytes = value.shape[1] * value.element_size()

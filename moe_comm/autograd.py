@@ -8,8 +8,8 @@ A rank whose experts got no token, or whose user skipped them, must still take p
 Therefore the handle carries an **anchor**: a scalar that depends on the dispatch and that combine takes as an input, so
 that whoever differentiates through the combine reaches the dispatch, whatever lies between.
 
-At an op's boundary the handle is a list of tensors (torch.library takes no dataclass) and the Buffer its name. Exact
-layouts return unbacked sizes under torch.compile and torch.export, the padded layout fixed ones.
+At an op's boundary the Buffer is its name, and the handle a list of tensors (torch.library takes no dataclass), on the
+CPU but for the anchor. Exact layouts return unbacked sizes under torch.compile and torch.export, the padded one fixed.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from .handle import Handle
 ANCHOR = 7  # index behind Handle.to_tensors() in the list that crosses an op's boundary
 
 
-def _empty(value: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty(0, dtype=dtype) if value is None else value
+def _empty(value: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(0, dtype=dtype) if value is None else value
 
 
 # --- what both forms do ----------------------------------------------------------------------------
@@ -44,8 +44,8 @@ def _dispatch(
     anchor = x.new_zeros(())
     return (
         d.x,
-        _empty(d.topk_idx, torch.int64),
-        _empty(d.topk_weights, torch.float32),
+        _empty(d.topk_idx, x, torch.int64),
+        _empty(d.topk_weights, x, torch.float32),
         [*d.handle.to_tensors(), anchor],
     )
 
@@ -138,14 +138,18 @@ def _(
         weights_shape = (rows, topk) if layout == "rank" else shape
     passed = context.new_dynamic_size() if nodes > 1 and made.hops == "node" else 0
     meta = Handle.num_numbers(len(shape), num_ranks, nodes)
+
+    def table(*shape: Any, dtype: torch.dtype = int32) -> Tensor:
+        return x.new_empty(shape, dtype=dtype, device="cpu")
+
     handle = [
-        x.new_empty((meta,), dtype=torch.int64),
-        x.new_empty((x.shape[0], made.native.num_lanes), dtype=int32),
-        x.new_empty((rows,), dtype=int32),
-        x.new_empty((0 if layout == "rank" else rows, topk), dtype=int32),
-        x.new_empty((passed,), dtype=int32),
-        x.new_empty((passed, made.topology.node_ranks), dtype=int32),
-        x.new_empty((owned,), dtype=torch.int64),
+        table(meta, dtype=torch.int64),
+        table(x.shape[0], made.native.num_lanes),
+        table(rows),
+        table(0 if layout == "rank" else rows, topk),
+        table(passed),
+        table(passed, made.topology.node_ranks),
+        table(owned, dtype=torch.int64),
         x.new_empty(()),
     ]
     return (
@@ -179,7 +183,7 @@ def _(
 
 def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     buffer, x, *_ = inputs
-    ctx.buffer, ctx.like_dtype = buffer, x.dtype
+    ctx.buffer, ctx.like = buffer, (x.dtype, x.device)
     ctx.shape, ctx.weights_shape = output[0].shape, output[2].shape
     ctx.save_for_backward(*output[3][:ANCHOR])
     ctx.set_materialize_grads(False)
@@ -188,12 +192,12 @@ def _dispatch_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _dispatch_op_backward(
     ctx: Any, grad_x: Tensor | None, _idx: Any, grad_weights: Tensor | None, grad_handle: Any
 ) -> tuple:
-    handle = list(ctx.saved_tensors)
+    handle, (dtype, device) = list(ctx.saved_tensors), ctx.like
     if grad_x is None:
-        grad_x = torch.zeros(ctx.shape, dtype=ctx.like_dtype, device=handle[0].device)
+        grad_x = torch.zeros(ctx.shape, dtype=dtype, device=device)
     if ctx.needs_input_grad[3]:  # decided alike on every rank, whoever looked at its weights
         if grad_weights is None:
-            grad_weights = torch.zeros(ctx.weights_shape, device=handle[0].device)
+            grad_weights = torch.zeros(ctx.weights_shape, device=device)
         back, back_weights = torch.ops.moe_comm.combine_columns(
             ctx.buffer, grad_x, handle, grad_weights
         )
@@ -269,7 +273,7 @@ def dispatch(
         out,
         None if layout == "padded" else idx,
         None if topk_weights is None else weights,
-        tensors[ANCHOR - 1],
+        tensors[ANCHOR - 1].to(x.device),
         handle,
     )
 
@@ -300,7 +304,8 @@ class DispatchFunction(torch.autograd.Function):
         out, idx, weights, handle = _dispatch(
             buffer, x, topk_idx, topk_weights, num_experts, layout, alignment, capacity
         )
-        ctx.buffer, ctx.like, ctx.weights_shape = buffer, (x.dtype, x.shape[1]), weights.shape
+        ctx.buffer, ctx.like = buffer, (x.shape[1], x.dtype, x.device)
+        ctx.weights_shape = weights.shape
         ctx.save_for_backward(*handle[:ANCHOR])
         ctx.mark_non_differentiable(idx, *handle[:ANCHOR])
         ctx.set_materialize_grads(False)
@@ -309,12 +314,13 @@ class DispatchFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         handle = Handle.from_tensors(list(ctx.saved_tensors))
-        like = torch.empty((0, ctx.like[1]), dtype=ctx.like[0])
+        hidden, dtype, device = ctx.like
+        like = torch.empty((0, hidden), dtype=dtype, device=device)
         wanted = grads[2]
         if not ctx.needs_input_grad[3]:
             wanted = None
         elif wanted is None:
-            wanted = torch.zeros(ctx.weights_shape)
+            wanted = torch.zeros(ctx.weights_shape, device=device)
         result = _dispatch_backward(ctx.buffer, handle, like, grads[0], wanted)
         back, back_weights = result if isinstance(result, tuple) else (result, None)
         return None, back, None, back_weights, None, None, None, None

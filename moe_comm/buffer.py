@@ -37,6 +37,7 @@ from .generation import meet
 from .group import EPGroup, survey
 from .handle import HOPS, Handle
 from .layout import RowFormat, WindowLayout
+from .staging import staged
 
 CLOSE_TIMEOUT_S = 5.0
 UNREFERENCED_TIMEOUT_S = 1.0  # of a Buffer that nobody closed
@@ -195,6 +196,7 @@ class Buffer:
 
     # --- calls ---------------------------------------------------------------------------------------
 
+    @staged("x")
     def dispatch(
         self,
         x: Any,
@@ -244,6 +246,7 @@ class Buffer:
         )
         return self._run(PendingDispatch, request, "dispatches", async_op)
 
+    @staged("y", fills=("out",))
     def combine(
         self,
         y: Tensor,

@@ -110,7 +110,7 @@ class PendingCombine:
             out = self.out = new_tensor((num_tokens, hidden), y.dtype)
         self.out_columns = None
         if columns is not None:
-            self.out_columns = torch.empty((num_tokens, handle.topk), dtype=torch.float32)
+            self.out_columns = new_tensor((num_tokens, handle.topk), torch.float32)
         direct = (
             not request.deferred
         )  # own results are read where they lie, unless y may change before

@@ -31,7 +31,7 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
     "MOE_COMM_KERNELS": (
         str,
         "",
-        "device code, torch or triton; empty: Triton for CUDA tensors, torch for others; read by moe_comm.kernels",
+        "device code: torch, triton or cuda; empty: Triton for CUDA tensors, torch for others (moe_comm.kernels)",
     ),
     "MOE_COMM_RANKS_PER_NODE": (
         int,

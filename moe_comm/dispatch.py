@@ -186,7 +186,7 @@ class PendingDispatch:
         if not (isinstance(scales, Tensor)):
             raise wrong("x[1]", "a tensor of scales [T, S]", scales)
         if not scales.is_cpu:
-            raise wrong("x[1]", "a CPU tensor", scales)
+            raise wrong("x[1]", "a CPU tensor, as x[0]", scales)
         if not (scales.dim() == 2 and scales.shape[0] == num_tokens and scales.shape[1] > 0):
             raise wrong("x[1]", f"scales [{num_tokens}, S]", scales)
         return scales.detach()
@@ -245,7 +245,7 @@ class PendingDispatch:
         if handle is None:
             slots = -(-self.num_experts // self.buffer.num_ranks)  # experts of the first ranks
             owned = max(0, min(slots, self.num_experts - self.buffer.rank * slots))
-            self.tokens_per_expert = torch.empty(owned, dtype=torch.int64)
+            self.tokens_per_expert = new_tensor((owned,), torch.int64)
             if request.layout == "padded":
                 capacity = self.buffer.padded_capacity(request.capacity)
         else:
@@ -279,9 +279,9 @@ class PendingDispatch:
         if handle is None:
             per_copy = shape if self.expand else (places, self.topk)
             if request.layout != "padded":
-                ids = torch.empty(per_copy, dtype=torch.int64)
+                ids = new_tensor(per_copy, torch.int64)
             if request.topk_weights is not None:
-                weights = torch.empty(per_copy, dtype=torch.float32)
+                weights = new_tensor(per_copy, torch.float32)
         if padded:  # rows that nobody writes
             for tensor, filling in ((x, 0), (scales, 0), (ids, -1), (weights, 0)):
                 if tensor is not None:

@@ -138,7 +138,7 @@ def _nvml_devices() -> list[Section]:
 def gpu_section() -> Section:
     """GPUs by NVML, and whether this torch can use them. `fix` says what is missing."""
     has_driver = Path("/proc/driver/nvidia/version").exists()
-    section: Section = {"driver": None, "devices": [], "torch_cuda": False, "fix": ""}
+    section: Section = {"driver": None, "devices": [], "torch_cuda": False, "mode": "", "fix": ""}
     if not has_driver:
         section["fix"] = "no NVIDIA driver: everything runs on CPU tensors"
         return section
@@ -152,6 +152,8 @@ def gpu_section() -> Section:
     try:
         torch = importlib.import_module("torch")
         section["torch_cuda"] = torch.cuda.is_available()
+        if section["torch_cuda"]:
+            section["mode"] = "host-staged by copy: CUDA tensors travel through pinned host memory"
         if torch.version.cuda is None:
             section["fix"] = (
                 "this torch is a CPU build: pip install --force-reinstall torch (default index)"
@@ -332,6 +334,14 @@ def limit_section() -> list[Section]:
     )
     add("/dev/shm", size)
 
+    connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    if connections:
+        add(
+            *("CUDA_DEVICE_MAX_CONNECTIONS", connections, connections == "1"),
+            "all streams share one queue to the GPU: what waits for a peer holds up the work behind it, "
+            "of other streams too; unset it, or 8",
+        )
+
     memlock = _ulimit(resource.RLIMIT_MEMLOCK)
     add(
         *("ulimit -l (memlock)", "unlimited" if memlock is None else _size(memlock)),
@@ -391,7 +401,8 @@ def _print_tables(found: Section) -> None:
         [n["name"], n["rate"], f"{n['driver']}, {n['link']}, {n['state']}"] for n in found["nics"]
     ]
     if gpus["driver"]:
-        rows.append(["CUDA in torch", "yes" if gpus["torch_cuda"] else "no", gpus["fix"]])
+        about = gpus["fix"] or gpus["mode"]
+        rows.append(["CUDA in torch", "yes" if gpus["torch_cuda"] else "no", about])
     else:
         rows.append(["GPU", "none", gpus["fix"]])
     if not found["nics"]:

@@ -12,6 +12,8 @@ from multiprocessing.connection import wait as wait_for
 
 import efa_rules as shim
 import pytest
+import through
+import torch
 from matrix import matrix, pytest_terminal_summary  # noqa: F401
 from rank_process import rank_main
 
@@ -20,6 +22,24 @@ import moe_comm
 # MOE_COMM_TEST_START=fork: where importing torch a second time takes a minute.
 _context = multiprocessing.get_context(os.environ.get("MOE_COMM_TEST_START", "forkserver"))
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm"])
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--through", choices=through.KINDS, help="tests/ep: move tensors of public calls to this device and back"
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    kind = config.getoption("--through")
+    if kind:
+        os.environ[through.VARIABLE] = kind  # for the ranks' processes
+        through.install(kind)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip(f"no GPU that torch {torch.__version__} can use")
 
 
 class RanksFailed(AssertionError):

@@ -3,6 +3,7 @@
 import os
 import traceback
 
+import through
 import torch
 import torch.distributed as dist
 
@@ -15,6 +16,8 @@ def rank_main(fn, rank, num_ranks, store_path, pipe, environment, args):
         del os.environ[name]  # those of the fork server's start
     os.environ.update(environment)
     try:
+        if environment.get(through.VARIABLE):
+            through.install(environment[through.VARIABLE])
         group = moe_comm.EPGroup.from_store(
             dist.FileStore(store_path, num_ranks), rank, num_ranks, timeout_s=60
         )

@@ -1,4 +1,4 @@
-"""ElasticBuffer: DeepEP's second interface (EPHandle, one dispatch call, expanded rows), on CPU tensors.
+"""ElasticBuffer: DeepEP's second interface (EPHandle, one dispatch call, expanded rows).
 
 One `moe_comm.Buffer` with hops="rank": every pair of ranks on different nodes is linked directly, so a sum has one
 level, and combine is bit for bit what DeepEP defines without its hybrid mode:
@@ -13,7 +13,8 @@ of expanded rows are always 0; any dtype, any number of ranks, experts and top-k
 bytes; an exchange of any size runs in rounds over windows of `num_bytes`.
 
 num_cpu_bytes, use_fp8_dispatch, allow_hybrid_mode, prefer_overlap_with_compute, sl_idx, the numbers of SMs and QPs and
-num_gpu_timeout_secs are kept, and tune nothing on the CPU. Absent: engram_*, pp_*, agrs_*, all_gather.
+num_gpu_timeout_secs are kept, and tune nothing. CUDA tensors are staged through the host (staging.py); the tensors of
+an EPHandle stay there. Absent: engram_*, pp_*, agrs_*, all_gather.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ from ..dispatch import COMBINE, DISPATCH, Dispatched
 from ..errors import ClosedError
 from ..group import EPGroup, survey
 from ..layout import RowFormat
+from ..staging import staged
 from .events import EventHandle, EventOverlap, wait_for_event
 from .handle import EPHandle
 from .legacy import CpuStream
@@ -203,6 +205,7 @@ class ElasticBuffer:
 
     # --- dispatch --------------------------------------------------------------------------------
 
+    @staged("x", updates=("cumulative_local_expert_recv_stats",), order=wait_for_event)
     def dispatch(
         self,
         x: Any,
@@ -374,6 +377,7 @@ class ElasticBuffer:
 
     # --- combine ---------------------------------------------------------------------------------
 
+    @staged("x", order=wait_for_event)
     def combine(
         self,
         x: Tensor,

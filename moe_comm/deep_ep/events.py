@@ -20,15 +20,18 @@ class EventHandle:
     """Everything that this thread (its current stream, if there is one) was given up to now."""
 
     def __init__(self) -> None:
-        self._recorded: torch.cuda.Event | None = None
+        self._recorded: Any = None
         if torch.cuda.is_initialized():
             self._recorded = torch.cuda.Event()
             self._recorded.record(torch.cuda.current_stream())
 
+    def _record(self, recorded: Any) -> None:
+        self._recorded = recorded
+
     def current_stream_wait(self) -> None:
         """Orders the current stream behind it. Does not block; without CUDA, nothing is left to wait for."""
         if self._recorded is not None:
-            torch.cuda.current_stream().wait_event(self._recorded)
+            self._recorded.wait()
 
 
 class EventOverlap:
@@ -48,6 +51,10 @@ class EventOverlap:
         self.extra_tensors = extra_tensors
         self.hook_after_wait: Callable[[], Any] | None = None
         self._release = False
+
+    def _record(self, recorded: Any) -> None:
+        if self.event is not None:
+            self.event._record(recorded)
 
     def register_hook_after_wait(self, fn: Callable[[], Any]) -> None:
         """Runs `fn` after the next wait. Raises: ArgumentError if there is one already."""

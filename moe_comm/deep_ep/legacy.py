@@ -1,4 +1,4 @@
-"""Buffer: DeepEP's first interface, normal and low-latency mode, of all its generations, on CPU tensors.
+"""Buffer: DeepEP's first interface, normal and low-latency mode, of all its generations.
 
 Made of `moe_comm.Buffer`s: one for normal mode and, in low-latency mode, one with hops="rank" (low_latency.py). Both
 may be used in any order; nothing has to be cleaned in between.
@@ -12,6 +12,7 @@ may be used in any order; nothing has to be cleaned in between.
   a collective call raise PeerError with its text, and the next call works. A lost peer raises PeerLost, a late one
   PeerTimeout.
 - On the CPU a call is done when it returns; events exist and behave. `event.event` is None unless async_finish.
+- CUDA tensors are staged through the host (staging.py); the tables of a normal handle stay there.
 - With enable_shrink, low-latency calls go on without a rank that is lost or late (MOE_COMM_TIMEOUT_S,
   MOE_COMM_SILENCE_S): a warning is logged, its mask is 1, it has no tokens, tokens for its experts are dropped, and
   what it owed is left out of sums. Normal mode has no masks, as in DeepEP: there, a lost peer ends the Buffer.
@@ -29,6 +30,7 @@ from ..config import Config as WindowConfig
 from ..dispatch import COMBINE, DISPATCH
 from ..errors import ArgumentError, ClosedError
 from ..group import EPGroup, survey
+from ..staging import device_of, new_on, staged
 from . import normal
 from .config import Config
 from .events import EventHandle, EventOverlap, wait_for_event
@@ -116,6 +118,9 @@ class Buffer:
         self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops)
         self._low_latency = LowLatency(self.runtime, self.enable_shrink)
         self._scratch: dict[bool, Tensor] = {}
+        self._device_rows: Tensor | None = (
+            None  # stand for those of get_next_low_latency_combine_buffer
+        )
 
     def destroy(self) -> None:
         """Frees the windows; `runtime` is None afterwards. Needs explicitly_destroy. More than once is fine.
@@ -212,6 +217,7 @@ class Buffer:
 
     # --- normal mode -----------------------------------------------------------------------------
 
+    @staged("topk_idx", order=wait_for_event)
     def get_dispatch_layout(
         self,
         topk_idx: Tensor,
@@ -230,6 +236,7 @@ class Buffer:
         wait_for_event(previous_event)
         return (*normal.layout_of(buffer, topk_idx, num_experts), _event(async_finish))
 
+    @staged("x", keeps=(4,), order=wait_for_event)
     def dispatch(
         self,
         x: Any,
@@ -280,6 +287,7 @@ class Buffer:
 
     internode_dispatch = dispatch
 
+    @staged("x", order=wait_for_event)
     def combine(
         self,
         x: Tensor,
@@ -316,6 +324,7 @@ class Buffer:
 
     # --- low-latency mode ------------------------------------------------------------------------
 
+    @staged("x", updates=("cumulative_local_expert_recv_stats",))
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -365,6 +374,7 @@ class Buffer:
         )  # fmt: skip
         return packed, count, handle, _event(async_finish), hook
 
+    @staged("x", fills=("out",))
     def low_latency_combine(
         self,
         x: Tensor,
@@ -392,6 +402,8 @@ class Buffer:
         Returns: [T, H], 0 for a token without experts; the event; the hook or None. Raises: as `dispatch`.
         """
         low_latency = self._check_low_latency()
+        if zero_copy and self._device_rows is not None:
+            low_latency.fill_combine_rows(self._device_rows)
         combined, hook = low_latency.combine(
             x, topk_idx, topk_weights, handle, use_logfmt=use_logfmt, zero_copy=zero_copy,
             async_finish=async_finish, hook=return_recv_hook, out=out, cost_stats=combine_wait_recv_cost_stats,
@@ -401,7 +413,10 @@ class Buffer:
     def get_next_low_latency_combine_buffer(self, handle: tuple) -> Tensor:
         """bfloat16 [L, R·M, H] to write results into for low_latency_combine(zero_copy=True); rows have a stride of
         their own. It is that combine's until the call returns, then the next one's."""
-        return self._check_low_latency().next_combine_rows(handle)
+        rows = self._check_low_latency().next_combine_rows(handle)
+        device = device_of(handle)
+        self._device_rows = None if device is None else new_on(device, rows)
+        return rows if self._device_rows is None else self._device_rows
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
@@ -418,6 +433,7 @@ class Buffer:
         """
         self._check_shrink().update_mask(rank_to_mask, bool(mask))
 
+    @staged("mask_status", fills=("mask_status",))
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Writes int32 [R]: 1 for ranks that are masked here, else 0. Local; knows of a loss after the call that found
         it. Raises: ArgumentError without enable_shrink, or for another tensor."""

@@ -215,6 +215,11 @@ class LowLatency:
             self._combine_rows = flat.as_strided(shape, (shape[1] * stride, stride, 1))
         return self._combine_rows
 
+    def fill_combine_rows(self, rows: Tensor) -> None:
+        """Copies `rows` of a device into those of `next_combine_rows`."""
+        if self._combine_rows is not None and self._combine_rows.shape == rows.shape:
+            self._combine_rows.copy_(rows)
+
     # --- masks -----------------------------------------------------------------------------------
 
     def check_rank(self, rank: Any) -> None:

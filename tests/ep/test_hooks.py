@@ -152,6 +152,7 @@ def test_input_may_change_after_a_hooked_send(run_threads):
         assert same(got[rank], want.x[rank])
 
 
+@pytest.mark.host("asks the event at once")
 def test_events(run_threads):
     def body(buffer, rank):
         got, event = dispatch(buffer, CASES[1], rank, async_op="event")

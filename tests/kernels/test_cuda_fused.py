@@ -1,83 +1,15 @@
 """The fused kernels as host code (fused_host.cpp), against the torch twins: windows byte for byte, and commands."""
 
 import ctypes
-import os
 import random
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 from test_kernels import FLOATS, bits, lanes_of, make_terms, random_bytes, random_topk
 
 from moe_comm.kernels import TORCH
+from moe_comm.kernels.fused import Combine, DeviceRing, Forward, Send, Unpack
 from moe_comm.layout import DTYPE_CODES, RowFormat
-
-SOURCE = Path(__file__).parent / "fused_host.cpp"
-CXX = shlex.split(os.environ.get("CXX") or "g++")
-FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"),
-    *("-Wall", "-Wextra", "-Werror"),
-]
-RING = ["slots", "reserved", "taken_seen", "taken", "abort_word", "num_slots", "timeout_ns"]
-ARGUMENTS = [
-    "x", "x_stride", "payload_bytes", "scales", "scale_token_stride", "scale_stride", "scale_item", "num_scales",
-    "topk_idx", "topk_weights", "topk", "lane_rows", "starts", "num_lanes", "first_token", "last_token", "scales_at",
-    "token_at", "ids_at", "weights_at", "row_bytes", "windows", "lanes", "num_links", "num_local", "links", "commits",
-    "epoch", "arrived", "status",
-]  # fmt: skip
-
-
-COMBINE_ARGUMENTS = [
-    "memory", "offsets", "weights", "bias", "bias_stride", "num_terms", "inner_first", "inner_last", "payload_bytes",
-    "groups", "num_links", "num_local", "links", "row_bytes", "commits", "epoch", "arrived", "status",
-]  # fmt: skip
-
-
-class Ring(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in RING]
-
-
-class Arguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in ARGUMENTS] + [("ring", Ring)]
-
-
-class CombineArguments(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in COMBINE_ARGUMENTS] + [("ring", Ring)]
-
-
-class ForwardArguments(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "rows", "num_rows", "row_bytes", "table", "node_ranks", "starts", "windows", "words", "num_words", "epoch",
-            "arrived",
-        )
-    ]  # fmt: skip
-
-
-class UnpackArguments(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_uint64)
-        for name in (
-            "rows", "num_rows", "row_bytes", "payload_bytes", "positions", "num_positions", "out_x", "out_scales",
-            "scales_at", "scale_bytes", "words", "num_words", "epoch", "arrived",
-        )
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    if not shutil.which(CXX[0]):
-        pytest.skip(f"no {CXX[0]}")
-    path = tmp_path_factory.mktemp("fused") / "fused_host.so"
-    done = subprocess.run(
-        [*CXX, *FLAGS, str(SOURCE), "-o", str(path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(path))
 
 
 class Words:
@@ -91,7 +23,7 @@ class Words:
 def new_ring(num_slots, timeout_s=10.0):
     ticket = 2 * num_slots  # an even lap: zeroed slots are not there yet
     words = [Words([0] * 2 * num_slots), *(Words([ticket]) for _ in range(3)), Words([0])]
-    return Ring(*(w.at for w in words), num_slots, int(timeout_s * 1e9)), words
+    return DeviceRing(*(w.at for w in words), num_slots, int(timeout_s * 1e9)), words
 
 
 def take_all(library, ring):
@@ -146,7 +78,7 @@ def test_send(library, num_blocks, num_threads, parts, capacity):
         commits = Words([commit_words.at, commit_words.at + 8])
         arrived, status = Words([0, 0]), Words([0])
         ring, kept = new_ring(4)
-        arguments = Arguments(
+        arguments = Send(
             x.data_ptr(), 2 * x.stride(0), 2 * hidden, scales.data_ptr() if with_scales else 0, 4 * scales.stride(0),
             4 * scales.stride(1), 4, 5, 0 if cached else idx.data_ptr(), weights.data_ptr() if with_weights else 0,
             topk, routed.lane_rows.data_ptr(), routed.round_starts[round_idx].data_ptr(), num_lanes, first, last,
@@ -178,7 +110,7 @@ def test_a_full_ring_is_reported_and_the_node_still_gets_its_rows(library):
         Words([0] * 8, torch.int32),
     )
     ring, kept = new_ring(2, timeout_s=0.01)
-    arguments = Arguments(
+    arguments = Send(
         x.data_ptr(), 16, 16, 0, 0, 0, 0, 0, 0, 0, 1, rows.data_ptr(), starts.at, 4, 0, 1, 0, 0, 0, 0, 16, windows.at,
         lanes.at, 3, 1, links.at, commits.at, 5, arrived.at, status.at, ring,
     )  # fmt: skip
@@ -219,7 +151,7 @@ def test_combine_send(library, dtype, weighted, biased, inner, num_blocks, num_t
     commit, status, arrived = Words([0]), Words([0]), Words([0, 0])
     commits = Words([commit.at])
     ring, kept = new_ring(4)
-    arguments = CombineArguments(
+    arguments = Combine(
         memory.data_ptr(), offsets.data_ptr(), weights.data_ptr() if weighted else 0, bias.data_ptr() if biased else 0,
         2 * width * item, num_terms, *inner, width * item, groups.at, 2, 1, links.at, row_bytes, commits.at, epoch,
         arrived.at, status.at, ring,
@@ -255,7 +187,7 @@ def test_forward(library, num_rows, num_blocks, num_threads):
         Words([num_rows], torch.int32),
         Words([0]),
     )
-    arguments = ForwardArguments(
+    arguments = Forward(
         rows.data_ptr(), number.at, row_bytes, table.data_ptr(), node_ranks, starts.data_ptr(), windows.at, words.at, 3,
         epoch, arrived.at,
     )  # fmt: skip
@@ -285,7 +217,7 @@ def test_unpack(library, num_rows, num_positions, scale_bytes, num_blocks, num_t
     )  # fmt: skip
     told, number, arrived = Words([0]), Words([num_rows], torch.int32), Words([0])
     words = Words([told.at])
-    arguments = UnpackArguments(
+    arguments = Unpack(
         rows.data_ptr(), number.at, f.row_bytes, 80, positions.data_ptr(), num_positions, outs[1][0].data_ptr(),
         outs[1][1].data_ptr() if scale_bytes else 0, f.scales_at, scale_bytes, words.at, 1, epoch, arrived.at,
     )  # fmt: skip

@@ -552,7 +552,7 @@ def test_the_choice_can_be_forced(monkeypatch):
     assert for_device("cpu") is TRITON
     monkeypatch.setenv("MOE_COMM_KERNELS", "vulkan")
     with pytest.raises(
-        ValueError, match="MOE_COMM_KERNELS: expected torch or triton, got 'vulkan'"
+        ValueError, match="MOE_COMM_KERNELS: expected torch or triton or cuda, got 'vulkan'"
     ):
         for_device("cuda")
 

@@ -1,0 +1,444 @@
+"""How fast are the kernels on this GPU, against what it can copy? One figure for each call: prints one JSON line.
+
+    python bench/gpu_figures.py copy|rows|small|ring|sweep|staged|check [--dry-run]     (started by bench/gpu_suite.py)
+
+**Routing** is shaped as EP8's: R = 8, E = 256, K = 8, uniform, H = 7168 bf16, one node; T as said.
+**Bytes** are payload, each input read once and each output written once, whatever a kernel really reads. The roof is a
+device-to-device copy of as many bytes as a GPU's caches never hold, read and written, in the same process.
+**Time.** rows, sweep: CUDA events around one call each, inputs rotated so that they are larger than L2, 40 calls,
+median. small: every call of a rotation captured in one graph, 40 replays, divided. ring: in the kernel, by the SM's
+clock. staged: host call to the end of the last copy. torch's way: `argsort`, `index_select`, `index_add_`, same inputs.
+**Traps.** pack of torch and Triton is called once for each lane, the fused one once; both fill the same windows.
+--dry-run: tiny shapes on the CPU with the torch twins, to see that this program runs; its times mean nothing.
+"""
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from moe_comm.kernels import CUDA, TORCH, TRITON, cuda, fused
+from moe_comm.layout import RowFormat
+
+HERE = Path(__file__).resolve().parent
+RANKS, EXPERTS, TOPK = 8, 256, 8
+REPEATS = 40
+
+
+class Device:
+    """The GPU; or, in a dry run, the CPU with tiny shapes."""
+
+    def __init__(self, dry: bool) -> None:
+        self.dry = dry
+        self.device = torch.device("cpu" if dry else "cuda:0")
+        self.hidden = 64 if dry else 7168
+        self.repeats = 3 if dry else REPEATS
+        self.steps = {"torch": TORCH} if dry else {"triton": TRITON, "cuda": CUDA}
+
+    def tokens(self, number: int) -> int:
+        return min(number, 16) if self.dry else number
+
+    def times_us(self, calls) -> list[float]:
+        """Of `repeats` calls, in turn; each twice before."""
+        for call in [*calls, *calls]:
+            call()
+        if self.dry:
+            times = []
+            for i in range(self.repeats):
+                start = time.perf_counter()
+                calls[i % len(calls)]()
+                times.append(1e6 * (time.perf_counter() - start))
+            return times
+        pairs = []
+        for i in range(self.repeats):
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            pair[0].record()
+            calls[i % len(calls)]()
+            pair[1].record()
+            pairs.append(pair)
+        torch.cuda.synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in pairs]
+
+    def graph_us(self, calls) -> list[float]:
+        """Of one call, each of `repeats` replays of a graph of all."""
+        if self.dry:
+            return self.times_us(calls)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for call in [*calls, *calls]:
+                call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
+        return [t / len(calls) for t in self.times_us([graph.replay])]
+
+
+def figure(times: list[float], num_bytes: int = 0) -> dict:
+    ordered = sorted(times)
+    found = {
+        "median_us": statistics.median(times), "p10_us": ordered[len(times) // 10],
+        "p99_us": ordered[min(len(times) - 1, len(times) * 99 // 100)], "calls": len(times),
+    }  # fmt: skip
+    if num_bytes:
+        found |= {"bytes": num_bytes, "gb_s": num_bytes / 1e3 / found["median_us"]}
+    return found
+
+
+class Inputs:
+    """One rank's view of an exchange: what it packs, receives and sums."""
+
+    def __init__(self, on: Device, num_tokens: int, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        self.on, self.T = on, on.tokens(num_tokens)
+        T, H, device = self.T, on.hidden, on.device
+        self.x = torch.randn(T, H, generator=g, dtype=torch.float32).bfloat16().to(device)
+        idx = torch.rand(T, EXPERTS, generator=g).topk(TOPK, dim=1).indices
+        weights = torch.rand(T, TOPK, generator=g)
+        self.lane_of_rank = torch.arange(RANKS, dtype=torch.int32, device=device)
+        self.format = RowFormat.of_dispatch(2 * H, 0, TOPK, weights=True)
+        routed = TORCH.route(
+            idx, torch.arange(RANKS, dtype=torch.int32), num_experts=EXPERTS, num_ranks=RANKS, num_lanes=RANKS,
+            capacity=T,
+        )  # fmt: skip
+        self.num_rows = int(routed.lane_counts.sum())
+        self.idx, self.weights = idx.to(device), weights.to(device)
+        self.lane_rows, self.starts = routed.lane_rows.to(device), routed.round_starts.to(device)
+        self.windows = torch.zeros(
+            RANKS, T, self.format.row_bytes, dtype=torch.uint8, device=device
+        )
+        # Bytes below 64: no infinity, no NaN.
+        # Rows that the ranks send to rank 0 look like what rank 0 sends to all: the same number on average.
+        token, rank = (routed.lane_rows >= 0).nonzero(as_tuple=True)
+        self.rows = torch.randint(
+            0, 64, (self.num_rows, self.format.row_bytes), dtype=torch.uint8, device=device
+        )
+        owner = idx // (EXPERTS // RANKS)
+        copies = (
+            owner[token] == rank[:, None]
+        )  # [rows, K]: a copy for each of the token's experts there
+        expert = torch.where(copies, idx[token] % (EXPERTS // RANKS), EXPERTS)
+        order = expert.flatten().argsort(stable=True)[: int(copies.sum())]
+        positions = torch.full((copies.numel(),), -1, dtype=torch.int32)
+        positions[order] = torch.arange(len(order), dtype=torch.int32)
+        self.num_copies = len(order)
+        self.positions = positions.view(copies.shape).to(device)
+        self.out = torch.empty(self.num_copies, H, dtype=torch.bfloat16, device=device)
+        offsets = torch.full((T, RANKS), -1, dtype=torch.int64)
+        offsets[token, rank] = torch.arange(self.num_rows) * self.format.row_bytes
+        self.offsets = offsets.to(device)
+        self.combined = torch.empty(T, H, dtype=torch.bfloat16, device=device)
+        self.token, self.dest = token.to(device), rank.to(device)
+        self.copy_row = (order // TOPK).to(device)
+        self.row_bytes = 2 * H
+
+    # Bytes of payload, each input read once, each output written once.
+    def bytes_of(self, step: str) -> int:
+        n, row = self.num_rows, self.row_bytes
+        return {
+            "pack": self.T * row + n * row, "pack fp8": self.T * row + n * row // 2,
+            "unpack": n * row + self.num_copies * row, "reduce": n * row + self.T * row,
+        }[step]  # fmt: skip
+
+    def route(self, steps):
+        return steps.route(
+            self.idx, self.lane_of_rank, num_experts=EXPERTS, num_ranks=RANKS, num_lanes=RANKS, capacity=self.T
+        )  # fmt: skip
+
+    def pack(self, steps, cast=None) -> None:
+        f = self.format
+        scales_at = self.on.hidden if cast else f.scales_at
+        for lane in range(RANKS):
+            steps.pack(
+                self.windows[lane], self.x, self.lane_rows, self.starts[0], topk_idx=self.idx,
+                topk_weights=self.weights, lane=lane, first_token=0, last_token=self.T, scales_at=scales_at,
+                token_at=f.token_at, ids_at=f.ids_at, weights_at=f.weights_at, cast=cast,
+            )  # fmt: skip
+
+    def pack_fused(self, num_blocks=None) -> None:
+        """All lanes by one kernel: each token is read once."""
+        f, device, words = self.format, self.x.device, fused.scratch(self.x.device)
+        addresses = tuple(self.windows[lane].data_ptr() for lane in range(RANKS))
+        arguments = fused.Send(
+            x=self.x.data_ptr(), x_stride=self.row_bytes, payload_bytes=self.row_bytes, topk_idx=self.idx.data_ptr(),
+            topk_weights=self.weights.data_ptr(), topk=TOPK, lane_rows=self.lane_rows.data_ptr(),
+            starts=self.starts.data_ptr(), num_lanes=RANKS, first_token=0, last_token=self.T, scales_at=f.scales_at,
+            token_at=f.token_at, ids_at=f.ids_at, weights_at=f.weights_at, row_bytes=f.row_bytes,
+            windows=fused.table(addresses, torch.int64, device).data_ptr(),
+            lanes=fused.table(tuple(range(RANKS)), torch.int32, device).data_ptr(), num_local=RANKS,
+            commits=fused.table((words[3:].data_ptr(),) * RANKS, torch.int64, device).data_ptr(),
+            arrived=words.data_ptr(), status=words[2:].data_ptr(),
+        )  # fmt: skip
+        fused.launch(
+            "moe_comm_dispatch_send", arguments, device=device, num_blocks=num_blocks,
+            num_threads=fused.threads_for("dispatch", self.row_bytes),
+        )  # fmt: skip
+
+    def unpack(self, steps) -> None:
+        steps.unpack(self.out, self.rows, self.positions)
+
+    def reduce(self, steps) -> None:
+        steps.reduce(self.combined, self.rows.view(-1), self.offsets)
+
+    # The same with torch.
+    def torch_pack(self):
+        order = self.dest.argsort(stable=True)
+        return self.x.index_select(0, self.token.index_select(0, order))
+
+    def torch_unpack(self):
+        payload = self.rows[:, : self.row_bytes]
+        return payload.index_select(0, self.copy_row).view(torch.bfloat16)
+
+    def torch_reduce(self):
+        payload = self.rows[:, : self.row_bytes].view(torch.bfloat16).float()
+        sums = torch.zeros(self.T, self.on.hidden, device=self.x.device)
+        return sums.index_add_(0, self.token, payload).bfloat16()
+
+
+def rotation(on: Device, num_tokens: int) -> list[Inputs]:
+    """So many that their x and rows are larger than any L2: 200 MB at least, and three."""
+    first = Inputs(on, num_tokens, 0)
+    each = first.x.nbytes + first.rows.nbytes
+    count = 2 if on.dry else max(3, min(24, -(-200_000_000 // each)))
+    return [first, *(Inputs(on, num_tokens, seed) for seed in range(1, count))]
+
+
+def copy_figure(on: Device) -> dict:
+    size = 1 << 12 if on.dry else 1 << 29
+    pairs = [
+        [torch.empty(size, dtype=torch.uint8, device=on.device) for _ in range(2)] for _ in range(2)
+    ]
+    return figure(on.times_us([lambda a=a, b=b: b.copy_(a) for a, b in pairs]), 2 * size)
+
+
+def rows(on: Device) -> dict:
+    """T = 4096: bytes/s of each kernel and its share of the copy's; how much faster than torch's way."""
+    found: dict = {"copy": copy_figure(on)}
+    inputs = rotation(on, 4096)
+    ways = {"torch way": {
+        "pack": [i.torch_pack for i in inputs], "unpack": [i.torch_unpack for i in inputs],
+        "reduce": [i.torch_reduce for i in inputs],
+    }}  # fmt: skip
+    for name, steps in on.steps.items():
+        ways[name] = {
+            step: [lambda i=i, s=steps, m=step: getattr(i, m)(s) for i in inputs]
+            for step in ("pack", "unpack", "reduce")
+        }
+        if name != "cuda":
+            ways[name]["pack fp8"] = [lambda i=i, s=steps: i.pack(s, "ue8m0") for i in inputs]
+    if not on.dry:
+        ways["cuda"]["pack"] = [i.pack_fused for i in inputs]
+    for way, steps in ways.items():
+        for step, calls in steps.items():
+            got = figure(on.times_us(calls), inputs[0].bytes_of(step))
+            got["of_copy"] = got["gb_s"] / found["copy"]["gb_s"]
+            found[f"{step}, {way}"] = got
+    add_ratios(found)
+    return found
+
+
+def add_ratios(found: dict) -> None:
+    for name, got in found.items():
+        base = found.get(f"{name.split(', ')[0]}, torch way")
+        if base and isinstance(got, dict) and not name.endswith("torch way"):
+            got["times_torch"] = base["median_us"] / got["median_us"]
+
+
+def small(on: Device) -> dict:
+    """T = 128 and 1, in CUDA graphs: microseconds of one step."""
+    found: dict = {}
+    for num_tokens in (128, 1):
+        inputs = rotation(on, num_tokens)
+        part: dict = {}
+        part["pack, torch way"] = figure(on.graph_us([i.torch_pack for i in inputs]))
+        part["unpack, torch way"] = figure(on.graph_us([i.torch_unpack for i in inputs]))
+        part["reduce, torch way"] = figure(on.graph_us([i.torch_reduce for i in inputs]))
+        for name, steps in on.steps.items():
+
+            def pack(i, steps=steps, fast=name == "cuda"):
+                i.pack_fused() if fast else i.pack(steps)
+
+            def all_four(i, steps=steps, pack=pack):
+                i.route(steps)
+                pack(i)
+                i.unpack(steps)
+                i.reduce(steps)
+
+            calls = {
+                "route": lambda i, s=steps: i.route(s), "pack": pack, "unpack": lambda i, s=steps: i.unpack(s),
+                "reduce": lambda i, s=steps: i.reduce(s), "all four": all_four,
+            }  # fmt: skip
+            for step, call in calls.items():
+                got = on.graph_us([lambda i=i, call=call: call(i) for i in inputs])
+                part[f"{step}, {name}"] = figure(got)
+        add_ratios(part)
+        found[f"T={num_tokens}"] = part
+    return found
+
+
+def sweep(on: Device) -> dict:
+    """The fused pack's bytes/s against its number of SMs (one block on each)."""
+    if on.dry:
+        return {"not measured": "needs a GPU"}
+    inputs = rotation(on, 4096)
+    most = torch.cuda.get_device_properties(0).multi_processor_count
+    found: dict = {"copy": copy_figure(on)}
+    for count in sorted({*(4, 8, 16, 24, 32, 48, 64, 96), most, 2 * most}):
+        calls = [lambda i=i, n=count: i.pack_fused(n) for i in inputs]
+        found[f"blocks={count}"] = figure(on.times_us(calls), inputs[0].bytes_of("pack"))
+    return found
+
+
+def ring(on: Device) -> dict:
+    """push → a host thread that takes as the proxy does → a word in pinned memory → seen. Not through an engine."""
+    if on.dry:
+        return {"not measured": "needs a GPU"}
+    nvrtc = cuda._nvrtc()
+    source = (HERE / "ring_probe.cu").read_text()
+    program = nvrtc.createProgram(source, "ring_probe.cu", (), ())
+    arch = cuda.architecture(torch.cuda.get_device_capability(0))
+    nvrtc.compileProgram(
+        program, (*cuda.OPTIONS, f"--gpu-architecture={arch}", f"--include-path={cuda.HERE}")
+    )
+    code = nvrtc.getCUBIN(program)
+    word = ctypes.c_uint64
+    fused.KERNELS["moe_comm_round_trip"] = ("", (fused.DeviceRing, *(word,) * 5))
+    fused.KERNELS["moe_comm_push_many"] = ("", (fused.DeviceRing, word, word))
+    torch.zeros(1, device="cuda")
+    driver, module = fused.driver(), ctypes.c_void_p()
+    driver._call("cuModuleLoadData", ctypes.byref(module), code)
+    for kernel in ("moe_comm_round_trip", "moe_comm_push_many"):
+        function = ctypes.c_void_p()
+        driver._call("cuModuleGetFunction", ctypes.byref(function), module, kernel.encode())
+        driver._functions[kernel, 0] = function
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/ring_probe.so"
+        subprocess.run(
+            ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", str(HERE / "ring_probe.cpp"), "-o", path],
+            check=True,
+        )  # fmt: skip
+        host = ctypes.CDLL(path)
+    found = {}
+    count = 2000
+    for name, blocks in (("round trip", 1), ("commands", 64)):
+        slots = torch.zeros(4096, 2, dtype=torch.int64, pin_memory=True)
+        control = torch.zeros(
+            32, dtype=torch.int64, pin_memory=True
+        )  # RingControl: taken_until at byte 64
+        answer, abort = (torch.zeros(1, dtype=torch.int64, pin_memory=True) for _ in range(2))
+        tickets = torch.zeros(2, dtype=torch.int64, device="cuda")
+        clocks, span = (torch.zeros(n, dtype=torch.int64, device="cuda") for n in (count, 2))
+        status = torch.full((1,), 9 if blocks == 1 else 0, dtype=torch.int32, device="cuda")
+        at = control.data_ptr() + -control.data_ptr() % 64
+        made = fused.DeviceRing(
+            slots=slots.data_ptr(), reserved=tickets.data_ptr(), taken_seen=tickets[1:].data_ptr(), taken=at + 64,
+            abort_word=abort.data_ptr(), num_slots=4096, timeout_ns=5 * 10**9,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        host.start(word(at), word(slots.data_ptr()), ctypes.c_uint32(4096), word(answer.data_ptr()))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        if blocks == 1:
+            fused.launch(
+                "moe_comm_round_trip", made, answer, count, clocks, span, status, device=on.device, num_blocks=1
+            )  # fmt: skip
+        else:
+            fused.launch(
+                "moe_comm_push_many", made, count, status, device=on.device, num_blocks=blocks
+            )
+        end.record()
+        torch.cuda.synchronize()
+        host.stop()
+        assert int(status) == 0, f"{name}: wait status {int(status)}"
+        if blocks == 1:
+            scale = int(span[0]) / int(span[1]) / 1e3
+            found[name] = figure([scale * c for c in clocks[100:].tolist()])
+            found[name]["p50_us"] = found[name]["median_us"]
+        else:
+            found[name] = {
+                "per_s": 1e3 * blocks * count / begin.elapsed_time(end),
+                "blocks": blocks,
+            }
+    found["armed wait"] = {"not measured": "no stream wait is armed by the proxy yet"}
+    return found
+
+
+def staged(on: Device) -> dict:
+    """moe_comm.Buffer, four ranks as threads of one process on one GPU: host call to the end of the last copy."""
+    import threading
+
+    import moe_comm
+
+    num_ranks, found = 4, {}
+    groups = moe_comm.EPGroup.threads(num_ranks)
+    for num_tokens in (128, 4096):
+        T, times = on.tokens(num_tokens), []
+        gate = threading.Barrier(num_ranks)
+
+        def body(rank, T=T, times=times, gate=gate):
+            g = torch.Generator().manual_seed(rank)
+            x = torch.randn(T, on.hidden, generator=g).bfloat16().to(on.device)
+            idx = torch.rand(T, EXPERTS, generator=g).topk(TOPK, dim=1).indices.to(on.device)
+            with moe_comm.Buffer(groups[rank], hidden=on.hidden) as buffer:
+                for at in range(3 if on.dry else 13):
+                    gate.wait(60)
+                    start = time.perf_counter()
+                    d = buffer.dispatch(x, idx, num_experts=EXPERTS)
+                    y = buffer.combine(d.x, d.handle)
+                    if not on.dry:
+                        torch.cuda.current_stream().synchronize()
+                    if at >= 2 and rank == 0:
+                        times.append(1e6 * (time.perf_counter() - start))
+                    assert y.device == x.device
+
+        threads = [threading.Thread(target=body, args=(r,)) for r in range(num_ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(90)
+        found[f"dispatch + combine, T={T}, 4 ranks"] = figure(times)
+    return found
+
+
+def check(on: Device) -> dict:
+    """Every fused kernel once, against its twin: what compute-sanitizer runs."""
+    i = Inputs(on, 64, 0)
+    steps = on.steps.get("cuda", TORCH)
+    want = i.windows.clone()
+    saved, i.windows = i.windows, want
+    i.pack(TORCH)
+    i.windows = saved
+    i.pack(steps) if on.dry else i.pack_fused()
+    assert torch.equal(i.windows, want)
+    i.unpack(steps)
+    i.reduce(steps)
+    expected = torch.empty_like(i.combined)
+    TORCH.reduce(expected, i.rows.view(-1), i.offsets)
+    assert torch.equal(i.combined.view(torch.int16), expected.view(torch.int16))
+    return {"ok": True}
+
+
+FIGURES = {
+    "copy": copy_figure, "rows": rows, "small": small, "ring": ring, "sweep": sweep, "staged": staged, "check": check
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("figure", choices=FIGURES)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args()
+    print(json.dumps(FIGURES[options.figure](Device(options.dry_run))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The suites of CPU tensors again, through another device: `pytest tests/ep --through far` (or cuda).
+
+Public calls are wrapped: tensors they are given are moved to the device, the real call runs on those, and what it
+returns is moved back and compared as ever. far: tests/far.py, a pretended one. cuda: the first GPU.
+"""
+
+import functools
+
+import far
+import torch
+
+import moe_comm
+from moe_comm import Dispatched
+from moe_comm.event import Hook
+
+KINDS = ("far", "cuda")
+VARIABLE = "MOE_COMM_TEST_THROUGH"
+_real: dict = {}
+
+
+def to_device(value, kind):
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(v, kind) for v in value)
+    if not isinstance(value, torch.Tensor) or not value.is_cpu:
+        return value
+    value = value.detach()
+    return far.Far(value) if kind == "far" else value.cuda()
+
+
+def to_host(value):
+    if isinstance(value, far.Far):
+        return value.near
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_host(v) for v in value)
+    if isinstance(value, Dispatched):
+        value.__dict__.update({f: to_host(getattr(value, f)) for f in (
+            "x", "topk_idx", "topk_weights", "tokens_per_expert"
+        )})  # fmt: skip
+        return value
+    return value
+
+
+def wrap(method, kind):
+    @functools.wraps(method)
+    def call(self, first, *args, **kwargs):
+        out = kwargs.get("out")
+        args = [
+            to_device(first, kind),
+            *(a if isinstance(a, tuple) else to_device(a, kind) for a in args),
+        ]
+        kwargs = {k: v if k == "handle" else to_device(v, kind) for k, v in kwargs.items()}
+        result = method(self, *args, **kwargs)
+
+        def back(result):
+            result = to_host(result)
+            if isinstance(out, torch.Tensor):
+                combined = result[0] if isinstance(result, tuple) else result
+                combined = combined[0] if isinstance(combined, tuple) else combined
+                if combined.shape == out.shape:
+                    out.copy_(combined)
+                    result = (out, *result[1:]) if isinstance(result, tuple) else out
+            return result
+
+        if not isinstance(result, Hook):
+            return back(result)
+        inner = result
+
+        def receive():
+            inner()
+            outer.result = back(inner.result)
+
+        outer = Hook(receive)
+        return outer
+
+    return call
+
+
+def install(kind):
+    """Wraps moe_comm.Buffer's calls in this process."""
+    if kind == "far":
+        far.install()
+    for name in ("dispatch", "combine"):
+        method = _real.setdefault(name, getattr(moe_comm.Buffer, name))
+        setattr(moe_comm.Buffer, name, wrap(method, kind))
+
+
+def uninstall():
+    for name, method in _real.items():
+        setattr(moe_comm.Buffer, name, method)
