@@ -1,5 +1,6 @@
-// The host's end of a ring for bench/gpu_figures.py: a thread that takes commands as the proxy does (csrc/ring.hpp) and
-// answers each by a word in pinned memory. A library for ctypes; all memory is the caller's.
+// The host's end of a ring for bench/gpu_figures.py: a thread that takes commands as the proxy does
+// (csrc/ring.hpp) and answers each by a word in pinned memory. A library for ctypes; all memory is
+// the caller's.
 #include <atomic>
 #include <thread>
 
