@@ -1,10 +1,11 @@
-"""Which of the faults are slow; and, where there are RDMA NICs, that no rank leaves a queue pair behind."""
+"""The backends of the matrix; which rows are slow; and, over NICs, that no rank leaves a queue pair behind."""
 
 import time
 from pathlib import Path
 
 import pytest
 from job import rdma_objects
+from rows import BACKENDS, why_not
 
 HERE = Path(__file__).resolve().parent
 
@@ -31,6 +32,13 @@ def pytest_collection_modifyitems(items):
             default = params["hops"] == "rank" or item.name.startswith("test_nobody")
         if not default:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if reason := why_not(request.param):
+        pytest.skip(f"{request.param}: {reason}")
+    return "fabric:tcp;ofi_rxm" if request.param == "fabric:tcp" else request.param
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from job import GRACE_S, NUM_RANKS, SILENCE_S, SLACK_S
-from test_fault_matrix import summary, why_not
+from rows import summary, why_not
 
 # isort: split
 from cases import check_dispatched, dispatch, expected, make_case

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from test_fault_matrix import why_not
+from rows import why_not
 
 LOOKS_AND_OPENS = """
 import re

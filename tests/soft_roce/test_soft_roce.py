@@ -103,22 +103,22 @@ def test_endpoint_that_cannot_be_enabled(inside, suite):  # noqa: F811
     assert "fi_enable: EINVAL" in output
 
 
-# Rows of tests/faults/test_fault_matrix.py.
+# Rows of tests/faults.
 FAULTS = (
-    "test_killed[verbs-killed before its send-node-dispatch]",
-    "test_killed[verbs-killed before its send-rank-combine]",
-    "test_killed[verbs-killed after its send-rank-dispatch]",
-    "test_killed[verbs-killed after its send-node-combine]",
-    "test_killed[verbs-killed as forwarder-node-dispatch]",
-    "test_killed[verbs-killed as forwarder-node-combine]",
-    "test_exits_after_its_last_combine[verbs-node]",
-    "test_exits_after_its_last_combine[verbs-rank]",
-    "test_opening[verbs-no memory to register-rank]",
-    "test_opening[verbs-other secret-rank]",
-    "test_stale_key[verbs-rank]",
+    "test_fault_matrix.py::test_killed[verbs-killed before its send-node-dispatch]",
+    "test_fault_matrix.py::test_killed[verbs-killed before its send-rank-combine]",
+    "test_fault_matrix.py::test_killed[verbs-killed after its send-rank-dispatch]",
+    "test_fault_matrix.py::test_killed[verbs-killed after its send-node-combine]",
+    "test_fault_matrix.py::test_killed[verbs-killed as forwarder-node-dispatch]",
+    "test_fault_matrix.py::test_killed[verbs-killed as forwarder-node-combine]",
+    "test_fault_matrix.py::test_exits_after_its_last_combine[verbs-node]",
+    "test_fault_matrix.py::test_exits_after_its_last_combine[verbs-rank]",
+    "test_fault_survived.py::test_opening[verbs-no memory to register-rank]",
+    "test_fault_survived.py::test_opening[verbs-other secret-rank]",
+    "test_fault_survived.py::test_stale_key[verbs-rank]",
 )
 RANKS = (f"{ROOT}/tests/soft_roce/in_machine.py::test_exchange",
-         *(f"{ROOT}/tests/faults/test_fault_matrix.py::{name}" for name in FAULTS))  # fmt: skip
+         *(f"{ROOT}/tests/faults/{name}" for name in FAULTS))  # fmt: skip
 
 
 @pytest.fixture(scope="session")
