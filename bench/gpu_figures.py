@@ -6,8 +6,9 @@
 **Bytes** are payload, each input read once and each output written once, whatever a kernel really reads. The roof is a
 device-to-device copy of as many bytes as a GPU's caches never hold, read and written, in the same process.
 **Time.** rows, sweep: CUDA events around one call each, inputs rotated so that they are larger than L2, 40 calls,
-median. small: every call of a rotation captured in one graph, 40 replays, divided. ring: in the kernel, by the SM's
-clock. staged: host call to the end of the last copy. torch's way: `argsort`, `index_select`, `index_add_`, same inputs.
+median. small: every call of a rotation captured in one graph, 40 replays, divided; at T = 1 all fits in L2. ring: in
+the kernel, by the SM's clock. staged: host call to the end of the last copy. torch's way: `argsort`, `index_select`,
+`index_add_`, same inputs.
 **Traps.** pack of torch and Triton is called once for each lane, the fused one once; both fill the same windows.
 --dry-run: tiny shapes on the CPU with the torch twins, to see that this program runs; its times mean nothing.
 """
@@ -193,8 +194,8 @@ class Inputs:
         return self.x.index_select(0, self.token.index_select(0, order))
 
     def torch_unpack(self):
-        payload = self.rows[:, : self.row_bytes]
-        return payload.index_select(0, self.copy_row).view(torch.bfloat16)
+        payload = self.rows[:, : self.row_bytes].view(torch.bfloat16)
+        return payload.index_select(0, self.copy_row)
 
     def torch_reduce(self):
         payload = self.rows[:, : self.row_bytes].view(torch.bfloat16).float()

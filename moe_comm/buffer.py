@@ -216,7 +216,9 @@ class Buffer:
 
         Args:
             x: [T, H], any dtype, H·itemsize a multiple of 16, rows contiguous; or a pair (payload, scales [T, S])
-                with scales in any strides. T may differ from rank to rank and be 0.
+                with scales in any strides. T may differ from rank to rank and be 0. On the CPU or on a GPU
+                (staging.py): all tensors are where x is, the results too, ordered on its current stream; the handle's
+                tables are on the host.
             topk_idx: [T, K] int64 expert ids in [0, num_experts), −1: none; no id twice in a row.
             topk_weights: [T, K] float32, or None.
             num_experts: E; expert e lives on rank e // ceil(E / R).

@@ -181,7 +181,7 @@ class _Stage:
                 if name in fills + updates and isinstance(value, Tensor):
                     self.pairs[id(host)] = (host, value)
             self._wait(_limit_s(owner, arguments))
-        except RuntimeError as error:  # the device's own errors, out of memory among them
+        except (RuntimeError, TypeError, ValueError) as error:  # the device's own errors, too
             raise _Refused(f"{self.device} failed: {error}") from error
 
     def _take(self, name: str, value: Any, copied: bool) -> Any:

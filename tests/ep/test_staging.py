@@ -192,7 +192,10 @@ def test_gradients(run_threads, device, model, layout):
                 out = model(buffer, x, idx, w, b, layout, rank, m)
                 (out**2).sum().backward()
         for ours, theirs in zip(moved[rank], leaves[rank], strict=True):
-            torch.testing.assert_close(device.get(ours.grad), theirs.grad, rtol=1e-12, atol=1e-12)
+            exact = (
+                1e-12 if device.kind == "far" else 1e-5
+            )  # a GPU's matrix products add in another order
+            torch.testing.assert_close(device.get(ours.grad), theirs.grad, rtol=exact, atol=exact)
 
     run_threads(body, R, **autograd.OPTIONS)
 

@@ -47,6 +47,19 @@ def test_there_is_something_to_compile():
     )
 
 
+def check_resources(log):
+    """What ptxas says of each kernel: nothing spilled, registers within the recorded numbers."""
+    found = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
+        r"loads.*?Used (\d+) registers", log, re.DOTALL,
+    )  # fmt: skip
+    assert found, log
+    for kernel, *numbers in found:
+        stack, stores, loads, registers = map(int, numbers)
+        assert (stack, stores, loads) == (0, 0, 0), f"{kernel}: {log}"
+        assert registers <= MAX_REGISTERS[kernel], f"{kernel}: {registers} registers"
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", cuda.sources())
 def test_nvcc(name, arch, tmp_path):
@@ -60,15 +73,7 @@ def test_nvcc(name, arch, tmp_path):
         "-o",
         tmp_path / "cubin",
     )
-    found = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
-        r"loads.*?Used (\d+) registers", text, re.DOTALL,
-    )  # fmt: skip
-    assert found, text
-    for kernel, *numbers in found:
-        stack, stores, loads, registers = map(int, numbers)
-        assert (stack, stores, loads) == (0, 0, 0), f"{kernel}: {text}"
-        assert registers <= MAX_REGISTERS[kernel], f"{kernel}: {registers} registers"
+    check_resources(text)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -81,6 +86,13 @@ def test_nvrtc(nvrtc, name, arch):
     assert len(kernels) >= source.count("__global__") > 0
     for kernel in kernels:
         assert kernel.encode() in code and kernel in MAX_REGISTERS
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", cuda.sources())
+def test_resources_of_what_ships(nvrtc, name, arch, monkeypatch):
+    monkeypatch.setattr(cuda, "OPTIONS", (*cuda.OPTIONS, "--ptxas-options=-v"))
+    check_resources(cuda.compile_source(name, arch)[1])
 
 
 def test_a_command_is_one_16_byte_store(tmp_path):  # H2
