@@ -1,10 +1,11 @@
-// One CTA that pushes a command and waits for the host's word, again and again: bench/gpu_figures.py.
+// One CTA that pushes a command and waits for the host's word, again and again:
+// bench/gpu_figures.py.
 #include "ring.cuh"
 
 using namespace moe_comm;
 
-// ns[i]: the i-th round trip, by the SM's clock; ns_per_clock is found out by the caller from span[0..1]: nanoseconds
-// and clocks of all of them together.
+// ns[i]: the i-th round trip, by the SM's clock; ns_per_clock is found out by the caller from
+// span[0..1]: nanoseconds and clocks of all of them together.
 extern "C" __global__ void __launch_bounds__(32)
     moe_comm_round_trip(DeviceRing ring, const Counter* word, uint64_t count, uint64_t* clocks,
                         uint64_t* span, uint32_t* status) {
