@@ -238,6 +238,7 @@ void bind_call(py::module_& m) {
     std::memcpy(at<void>(tokens), t.data(), t.size() * sizeof(int32_t));
     std::memcpy(at<void>(rows), r.data(), r.size() * sizeof(int32_t));
   });
+  c.def("set_wait_ns", [](Call& call, uintptr_t wait_ns) { call.wait_ns = at<int64_t>(wait_ns); });
   c.def("set_max_tokens",
         [](Call& call, uint32_t max_tokens) { call.agreed.max_tokens = max_tokens; });
   c.def_readonly("own_rounds", &Call::own_rounds)

@@ -347,7 +347,10 @@ Status Exchange::mask_or(uint32_t rank, Status status) {
 }
 
 Status Exchange::wait(Counter& word, uint64_t target, const Waited& waited) {
-  auto there = [&] { return word_at(word).load(std::memory_order_acquire) >= target; };  // H6, H7
+  auto there = [&] {
+    if (waited.meanwhile != nullptr) (*waited.meanwhile)();
+    return word_at(word).load(std::memory_order_acquire) >= target;  // H6, H7
+  };
   if (there() || (linked_ && engine_.proxy().help(kSlice, there))) return {};
   for (Backoff backoff(64, 64); !linked_ && !backoff.should_sleep(); backoff.step()) {
     if (there()) return {};

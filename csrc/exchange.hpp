@@ -18,6 +18,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -81,6 +82,7 @@ struct Call {
   uint32_t num_experts = 0;
   Timeouts timeouts;
   Status error;  // of this rank's arguments: it takes part with zero rows and this text
+  int64_t* wait_ns = nullptr;  // [R], or null: how long each rank was waited for is added to it
   DType dtype = DType::kBytes;
 
   // --- the handle's tables (written by a fresh dispatch, read by a combine or a cached dispatch)
@@ -210,6 +212,7 @@ class Exchange {
     uint32_t rank;  // who must act
     const char* what;
     double extra_s = 0;
+    const std::function<void()>* meanwhile = nullptr;  // at each look
   };
 
   Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint64_t first_epoch);

@@ -49,10 +49,10 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
   const std::byte* window = link_window(node, epoch);
   Header header{};
   Status found = arrival;
+  bool same_call = false;
   if (found.ok()) {
     header = *reinterpret_cast<const Header*>(window);
-    const bool same_call =
-        header.kind == kDispatch && std::memcmp(&header.agreed, &call.agreed, sizeof(Agreed)) == 0;
+    same_call = header.kind == kDispatch && agrees(header.agreed, call.agreed);
     if (!is_sealed(header) ||
         (same_call && !is_sealed(header, {window + kHeaderBytes, counts_bytes(call, true)}))) {
       found = damaged(source);
@@ -60,8 +60,7 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
     }
   }
   if (!found.ok()) header = verdict(call, epoch, source, found);
-  const bool readable = header.status == kHeaderOk && call.error.ok() && header.kind == kDispatch &&
-                        agrees(header.agreed, call.agreed);
+  const bool readable = header.status == kHeaderOk && call.error.ok() && same_call;
   std::vector<uint32_t> here(G, 0);  // rows of this round for each local rank
   if (readable) {
     const std::byte* rows = window + kHeaderBytes + counts_bytes(call, true);

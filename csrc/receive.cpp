@@ -44,9 +44,15 @@ struct TokenBounds {
   uint32_t most = 0, most_rank = 0, allowed = UINT32_MAX, allowed_rank = 0;
 
   void add(uint32_t rank, const Header& header) {
-    if (header.tokens > most) most = header.tokens, most_rank = rank;
+    if (header.tokens > most) {
+      most = header.tokens;
+      most_rank = rank;
+    }
     const uint32_t bound = header.agreed.max_tokens;
-    if (bound && bound < allowed) allowed = bound, allowed_rank = rank;
+    if (bound != 0 && bound < allowed) {
+      allowed = bound;
+      allowed_rank = rank;
+    }
   }
 };
 
@@ -102,6 +108,19 @@ Status Exchange::wait_headers(Call& call) {
   const uint32_t L = num_local_experts(call);
   call.num_rounds = call.own_rounds;
   TokenBounds bounds;
+  std::vector<uint32_t> awaited;
+  const auto start = Clock::now();
+  const std::function<void()> time_arrivals = [&] {  // of all, as they come
+    std::erase_if(awaited, [&](uint32_t source) {
+      if (word_at(commit_word(base_, epoch, source)).load(std::memory_order_acquire) < epoch)
+        return false;
+      call.wait_ns[source] += std::chrono::nanoseconds(Clock::now() - start).count();
+      return true;
+    });
+  };
+  for (uint32_t source = 0; call.wait_ns != nullptr && source < R; ++source) {
+    if (!shape_.absent[source]) awaited.push_back(source);
+  }
   if (fresh) {
     call.totals.assign(R, 0);
     call.tokens_of.assign(R, 0);
@@ -112,7 +131,8 @@ Status Exchange::wait_headers(Call& call) {
     const bool forwarded = shape_.hops_node && !is_local(source);
     const uint32_t writer =
         forwarded ? shape_.rank_of[my_node_ * shape_.node_ranks + shape_.local_of[source]] : source;
-    const Waited waited{&call, epoch, writer, "header", forwarded ? call.timeouts.verdict_s : 0};
+    Waited waited{&call, epoch, writer, "header", forwarded ? call.timeouts.verdict_s : 0};
+    if (!awaited.empty()) waited.meanwhile = &time_arrivals;
     if (Status status = mask_or(source, wait(commit_word(base_, epoch, source), epoch, waited));
         !status.ok())
       return status;

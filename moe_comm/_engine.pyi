@@ -254,6 +254,9 @@ class Call:
     def set_lanes(self, topk_idx: int, weights: int, each_copy: bool, /) -> None:
         """Of this rank's tokens: sums go by the lanes of topk_idx. each_copy: the copies travel one by one."""
 
+    def set_wait_ns(self, wait_ns: int) -> None:
+        """Of int64 [R], kept alive by the caller: the nanoseconds this rank waited for each rank are added."""
+
     def set_max_tokens(self, max_tokens: int) -> None:
         """Of a dispatch: all ranks raise MismatchError if one of them has more tokens."""
 

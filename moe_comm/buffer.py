@@ -196,7 +196,7 @@ class Buffer:
 
     # --- calls ---------------------------------------------------------------------------------------
 
-    @staged("x")
+    @staged("x", updates=("wait_ns",))
     def dispatch(
         self,
         x: Any,
@@ -209,6 +209,7 @@ class Buffer:
         handle: Handle | None = None,
         capacity: int | None = None,
         max_tokens: int | None = None,
+        wait_ns: Tensor | None = None,
         async_op: str | None = None,
         timeout_s: float | None = None,
     ) -> Any:
@@ -225,6 +226,8 @@ class Buffer:
             layout, alignment, capacity: see `Dispatched`.
             handle: of an earlier dispatch: the same routing again (topk_idx, topk_weights and num_experts omitted).
             max_tokens: of any rank in this call: all ranks raise MismatchError where one has more.
+            wait_ns: int64 [R]; how long this call (or its hook) waited for the first rows of each rank is added to it,
+                in nanoseconds: who is slow?
             async_op: None; "event": returns (Dispatched, Event); "hook": only sends, returns a `Hook` whose
                 `hook.result` is the Dispatched after it was called (one round: needs max_tokens <= C; at most two such
                 calls may be open).
@@ -245,10 +248,11 @@ class Buffer:
             timeout_s,
             async_op == "hook",
             max_tokens,
+            wait_ns,
         )
         return self._run(PendingDispatch, request, "dispatches", async_op)
 
-    @staged("y", fills=("out",))
+    @staged("y", fills=("out",), updates=("wait_ns",))
     def combine(
         self,
         y: Tensor,
@@ -261,6 +265,7 @@ class Buffer:
         topk_idx: Tensor | None = None,
         each_copy: bool = False,
         source_weights: Tensor | None = None,
+        wait_ns: Tensor | None = None,
         async_op: str | None = None,
         timeout_s: float | None = None,
     ) -> Any:
@@ -278,13 +283,14 @@ class Buffer:
             each_copy: one row per (token, expert) travels; the source adds them in lane order (layouts "expert",
                 "padded"; needs topk_idx; without weights, topk_weights). More bytes, one rounding.
             source_weights: float32 [T, K], with each_copy: each copy is multiplied at the source, fused with the sum.
+            wait_ns: as of `dispatch`.
 
         Returns: [T, H] of y's dtype; with topk_weights a pair ([T, H], [T, K] float32); with async_op="event" a pair of
         that and an Event; with "hook" a Hook. Order of sums: combine.py. Raises as `dispatch`.
         """
         request = CombineRequest(
             y, handle, weights, topk_weights, bias, out, topk_idx, each_copy, source_weights, timeout_s,
-            async_op == "hook",
+            async_op == "hook", wait_ns,
         )  # fmt: skip
         return self._run(PendingCombine, request, "combines", async_op)
 

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from . import _engine
 from .arguments import Found, check_floats, check_handle, check_rows, overlap, wrong
-from .dispatch import COMBINE, FLAG_EACH_COPY, FLAG_WEIGHTS, error_call, load_handle, new_call
+from .dispatch import (
+    COMBINE,
+    FLAG_EACH_COPY,
+    FLAG_WEIGHTS,
+    error_call,
+    load_handle,
+    new_call,
+    time_waits,
+)
 from .errors import ArgumentError
 from .handle import Handle
 from .layout import DTYPE_CODES, RowFormat
@@ -44,6 +52,7 @@ class CombineRequest:
     source_weights: Tensor | None
     timeout_s: float | None
     deferred: bool
+    wait_ns: Tensor | None = None  # [R]
 
 
 class PendingCombine:
@@ -132,7 +141,8 @@ class PendingCombine:
             )  # fmt: skip
             buffer.native.check_lanes(call)
         buffer.native.place(call, 1, 0, 0)
-        self.held = (y, handle, weights, columns, bias, lanes, lane_weights)
+        time_waits(call, request.wait_ns, buffer)
+        self.held = (y, handle, weights, columns, bias, lanes, lane_weights, request.wait_ns)
 
     def _format(self, handle: Handle, y: Tensor, columns: bool) -> _engine.CallFormat:
         row = RowFormat.of_combine(y.shape[1] * y.element_size(), handle.topk, columns=columns)

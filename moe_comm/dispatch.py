@@ -70,6 +70,7 @@ class DispatchRequest:
     timeout_s: float | None
     deferred: bool  # received later, by a hook
     max_tokens: int | None = None  # of any rank in this call
+    wait_ns: Tensor | None = None  # [R]
 
 
 class PendingDispatch:
@@ -146,7 +147,8 @@ class PendingDispatch:
             load_handle(call, handle, buffer.topology.node_ranks)
         if request.max_tokens is not None:
             call.set_max_tokens(request.max_tokens)
-        self.held = (x, scales, idx, weights, handle)
+        time_waits(call, request.wait_ns, buffer)
+        self.held = (x, scales, idx, weights, handle, request.wait_ns)
         call.set_source(
             num_tokens, x.data_ptr(), x.stride(0) * x.element_size(), 0 if idx is None else idx.data_ptr(),
             0 if weights is None else weights.data_ptr(), self.lane_rows.data_ptr(),
@@ -334,6 +336,17 @@ def error_call(kind: int, text: str, buffer: "Buffer", timeout_s: float | None) 
     call = new_call(buffer, nothing, timeout_s, True)
     call.set_error(text)
     return call
+
+
+def time_waits(call: _engine.Call, wait_ns: Any, buffer: "Buffer") -> None:
+    """Has the call add to wait_ns [R] how long it waited for each rank."""
+    if wait_ns is None:
+        return
+    ranks = buffer.num_ranks
+    good = isinstance(wait_ns, Tensor) and wait_ns.dtype == torch.int64 and wait_ns.is_cpu
+    if not (good and wait_ns.shape == (ranks,) and wait_ns.is_contiguous()):
+        raise wrong("wait_ns", f"int64 [{ranks}], contiguous", wait_ns)
+    call.set_wait_ns(wait_ns.data_ptr())
 
 
 def load_handle(call: _engine.Call, handle: Handle, node_ranks: int) -> None:

@@ -324,7 +324,7 @@ class Buffer:
 
     # --- low-latency mode ------------------------------------------------------------------------
 
-    @staged("x", updates=("cumulative_local_expert_recv_stats",))
+    @staged("x", updates=("cumulative_local_expert_recv_stats", "dispatch_wait_recv_cost_stats"))
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -349,7 +349,7 @@ class Buffer:
             num_max_dispatch_tokens_per_rank, num_experts: the same on all ranks, like H and K.
             cumulative_local_expert_recv_stats: int32 [L], the received counts are added to it. A bool here is use_fp8,
                 which stood fifth once.
-            dispatch_wait_recv_cost_stats: must be None: waiting is not measured by source.
+            dispatch_wait_recv_cost_stats: int64 [R]; the nanoseconds waited for each source rank are added to it.
             round_scale: scales are powers of two; use_ue8m0 (with it): packed as bytes of their exponents.
             return_recv_hook: only send. Results may be used after the hook, which is the last value, was called. At
                 most two calls may be un-hooked.
@@ -374,7 +374,7 @@ class Buffer:
         )  # fmt: skip
         return packed, count, handle, _event(async_finish), hook
 
-    @staged("x", fills=("out",))
+    @staged("x", fills=("out",), updates=("combine_wait_recv_cost_stats",))
     def low_latency_combine(
         self,
         x: Tensor,
@@ -397,7 +397,7 @@ class Buffer:
             zero_copy: rows are taken from get_next_low_latency_combine_buffer(handle), only the shape of x counts.
             return_recv_hook: only send; the result may be used after the hook was called. x may be changed before.
             out: [T, H] of x's dtype, contiguous; the result.
-            combine_wait_recv_cost_stats: must be None.
+            combine_wait_recv_cost_stats: as in low_latency_dispatch.
 
         Returns: [T, H], 0 for a token without experts; the event; the hook or None. Raises: as `dispatch`.
         """

@@ -73,7 +73,8 @@ class LowLatency:
         payload: Any = None
         idx = None
         try:
-            _check_forms(async_finish, hook, "dispatch_wait_recv_cost_stats", cost_stats)
+            _check_forms(async_finish, hook)
+            self._check_cost_stats("dispatch_wait_recv_cost_stats", cost_stats)
             idx = check_topk_idx(topk_idx)
             _check_dispatch(x, max_tokens, num_experts, use_fp8, round_scale, use_ue8m0)
             if stats is not None:
@@ -88,7 +89,7 @@ class LowLatency:
         def exchange(buffer: Buffer) -> Any:
             return buffer.dispatch(
                 payload, idx, num_experts=num_experts, layout="padded", capacity=capacity,
-                async_op="hook" if hook else None,
+                wait_ns=cost_stats, async_op="hook" if hook else None,
             )  # fmt: skip
 
         got = self.windows.call(DISPATCH, sizes, error, exchange)
@@ -119,6 +120,12 @@ class LowLatency:
 
         return packed, recv_count, handle, receive
 
+    def _check_cost_stats(self, name: str, stats: Any) -> None:
+        shape = (self.group.num_ranks,)
+        good = isinstance(stats, Tensor) and stats.dtype == torch.int64 and stats.shape == shape
+        if stats is not None and not (good and stats.is_contiguous()):
+            raise wrong(name, f"int64 [{shape[0]}], contiguous", stats)
+
     def _num_local(self, num_experts: int) -> int:
         """Experts of this rank; fewer on the last ranks if R does not divide E."""
         width = -(-num_experts // self.group.num_ranks)
@@ -147,7 +154,8 @@ class LowLatency:
             ours, max_tokens, num_experts = unpack_handle(handle)
             if isinstance(x, Tensor) and x.dim() == 3:
                 sizes = Sizes(max_tokens, x.shape[2] * x.element_size(), ours.topk, num_experts)
-            _check_forms(async_finish, hook, "combine_wait_recv_cost_stats", cost_stats)
+            _check_forms(async_finish, hook)
+            self._check_cost_stats("combine_wait_recv_cost_stats", cost_stats)
             arguments = self._combine_arguments(
                 x, topk_idx, topk_weights, ours, use_logfmt, zero_copy, out
             )  # fmt: skip
@@ -155,7 +163,9 @@ class LowLatency:
             error = str(caught) or type(caught).__name__
 
         def exchange(buffer: Buffer) -> Any:
-            return buffer.combine(**arguments, each_copy=True, async_op="hook" if hook else None)
+            return buffer.combine(
+                **arguments, each_copy=True, wait_ns=cost_stats, async_op="hook" if hook else None
+            )
 
         got = self.windows.call(COMBINE, sizes, error, exchange)
         return arguments["out"], (lambda: self.windows.receive(got, sizes)) if hook else None
@@ -287,11 +297,9 @@ def _check_dispatch(
         raise wrong("use_ue8m0", "False without use_fp8 and round_scale", True)
 
 
-def _check_forms(async_finish: bool, hook: bool, name: str, cost_stats: Any) -> None:
+def _check_forms(async_finish: bool, hook: bool) -> None:
     if async_finish and hook:
         raise wrong("async_finish", "False with return_recv_hook", True)
-    if cost_stats is not None:
-        raise wrong(name, "None: waiting is not measured by source", cost_stats)
 
 
 def check_stats(stats: Any, num_local: int) -> None:

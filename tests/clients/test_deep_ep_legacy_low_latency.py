@@ -169,18 +169,26 @@ def check_stats(rank, group, num_ranks, store, node_of):
     buffer = open_buffer(rank, num_ranks, store)
     case = make(num_ranks)
     stats = torch.full((2,), 5, dtype=torch.int32)
+    waits, sums = torch.zeros(2, num_ranks, dtype=torch.int64)
     for hook_wanted in (False, True):
-        _, count, _, _, hook = send(
+        _, count, handle, _, hook = send(
             buffer,
             case,
             rank,
             cumulative_local_expert_recv_stats=stats,
+            dispatch_wait_recv_cost_stats=waits,
             return_recv_hook=hook_wanted,
         )
         if hook:
             hook()
     assert same(stats, 5 + 2 * count)
     assert count.sum() > 0
+    assert (waits > 0).all()
+    ys, _ = results_of(case, rank)
+    buffer.low_latency_combine(
+        ys[rank], case.idx[rank], case.weights[rank], handle, combine_wait_recv_cost_stats=sums
+    )
+    assert (sums > 0).all()
 
 
 def test_stats_accumulate(world):
@@ -380,7 +388,10 @@ def check_wrong(rank, group, num_ranks, store, node_of):
         ("num_experts: expected", {"num_experts": 0}),
         ("use_ue8m0: expected", {"use_ue8m0": True}),
         ("async_finish: expected", {"async_finish": True, "return_recv_hook": True}),
-        ("dispatch_wait_recv_cost_stats", {"dispatch_wait_recv_cost_stats": torch.zeros(1)}),
+        (
+            "dispatch_wait_recv_cost_stats",
+            {"dispatch_wait_recv_cost_stats": torch.zeros(1, dtype=torch.int64)},
+        ),
         ("cumulative_local_expert_recv_stats", {"cumulative_local_expert_recv_stats": idx}),
     ]
     grown = {"x": torch.cat([x, x], 1)}

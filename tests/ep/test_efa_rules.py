@@ -43,12 +43,11 @@ def test_round_trips(run_ranks, efa_rules, monkeypatch, hops):
     run_ranks(_round_trips, NUM_RANKS, hops, 6)
 
 
-def test_ranks_divide_the_nics_of_their_host(run_ranks, efa_rules, monkeypatch, tmp_path):
-    """Eight NICs, four ranks that name none: two each."""
+def test_ranks_divide_the_nics_of_their_node(run_ranks, efa_rules, monkeypatch, tmp_path):
+    """Eight NICs, two pretended nodes of two ranks that name none: four each, to each node all of them."""
     nics = [f"rdmap{i}s6" for i in range(8)]
     monkeypatch.setenv("MOE_COMM_LIBFABRIC", efa_rules)
     monkeypatch.setenv("MOE_COMM_SYSFS", sysfs_with_nics(tmp_path / "sys", *nics))
     taken = run_ranks(_round_trips, NUM_RANKS, "node", 3, nics)
-    pairs = [(f"rdmap{2 * i}s6-rdm", f"rdmap{2 * i + 1}s6-rdm") for i in range(NUM_RANKS)]
-    wanted = [f"fabric:efa@{first}+fabric:efa@{second}" for first, second in pairs]
-    assert [transport.removesuffix("+chaos") for transport in taken] == wanted
+    halves = ["+".join(f"fabric:efa@{nic}-rdm" for nic in half) for half in (nics[:4], nics[4:])]
+    assert [transport.removesuffix("+chaos") for transport in taken] == halves * 2

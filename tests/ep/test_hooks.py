@@ -1,5 +1,7 @@
 """Async forms: hooks in any order, skewed programs, events, and the rule of two open calls."""
 
+import time
+
 import pytest
 import torch
 from cases import check_dispatched, dispatch, expected, make_case, node_list, same
@@ -164,6 +166,35 @@ def test_events(run_threads):
         assert y.shape == CASES[1].xs[rank].shape
 
     run_threads(body, 4, **OPTIONS)
+
+
+@pytest.mark.parametrize("hops", ["node", "rank"])
+@pytest.mark.parametrize("async_op", [None, "hook"])
+def test_waits_are_timed_for_each_rank(run_threads, hops, async_op):
+    late, after_s = 1, 0.3
+
+    def body(buffer, rank):
+        waits = torch.zeros(4, dtype=torch.int64)
+        for step in range(2):
+            if rank == late:
+                time.sleep(after_s)
+            got = dispatch(buffer, CASES[step], rank, async_op=async_op, wait_ns=waits)
+            if async_op:
+                got()
+                got = got.result
+        before = waits.clone()
+        buffer.combine(got.x, got.handle, wait_ns=waits)
+        assert (waits >= before).all()
+        with pytest.raises(ArgumentError, match=r"wait_ns: expected int64 \[4\]"):
+            buffer.combine(got.x, got.handle, wait_ns=waits.int())
+        return before
+
+    for rank, waits in enumerate(run_threads(body, 4, hops=hops, **OPTIONS)):
+        assert waits.min() >= 0
+        if (
+            rank != late
+        ):  # whoever comes in between is not charged with it, but with its own scheduling
+            assert waits[late] > 0.9e9 * after_s and waits[rank] < waits[late] / 2, (rank, waits)
 
 
 def test_hook_needs_one_round(run_threads):
