@@ -227,7 +227,7 @@ class Buffer:
             handle: of an earlier dispatch: the same routing again (topk_idx, topk_weights and num_experts omitted).
             max_tokens: of any rank in this call: all ranks raise MismatchError where one has more.
             wait_ns: int64 [R]; how long this call (or its hook) waited for the first rows of each rank is added to it,
-                in nanoseconds: who is slow?
+                in nanoseconds: who is slow? (hops="node": who, or who passes its rows on)
             async_op: None; "event": returns (Dispatched, Event); "hook": only sends, returns a `Hook` whose
                 `hook.result` is the Dispatched after it was called (one round: needs max_tokens <= C; at most two such
                 calls may be open).
