@@ -64,6 +64,8 @@ test-faults: ## killed, stopped, late and wrong peers, cut links; ranks that com
 test-clients: ## the frameworks that use this package, and DeepEP's interface
 	@.dev/setup.sh test
 	@$(call install,$(FRAMEWORKS))
+	@$(BIN)/python -c 'import mpi4py' 2>/dev/null || $(BIN)/python -m pip install -q mpi4py mpich || \
+	    echo "not installed here, what needs it will be skipped: mpi4py mpich" >&2
 	@PYTHONPATH=$(CURDIR)/build/frameworks $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
 
 test-kernels: ## device code, without a device: Triton interpreted and compiled, CUDA compiled (at most 6 minutes)
