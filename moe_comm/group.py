@@ -301,7 +301,6 @@ class Survey:
 
     topology: Topology
     one_host: bool  # every rank can map every other's memory
-    transports: tuple[str, ...]  # that every rank has
     # (i, n): i-th of n ranks of this host, and of this node if nodes are pretended, that may use the same CPUs.
     place: tuple[int, int] = (0, 1)
 
@@ -333,11 +332,8 @@ def survey(
                     f"rank {lowest} passed {facts[lowest]['agreed'].get(name)!r}"
                 )
     reach = [fact is not None and bool(_engine.can_map(fact["probe"], secret)[0]) for fact in facts]
-    available = [t["name"] for t in _engine.transports() if t["available"]]
-    answers = group.gather((reach, available))
     num_ranks = group.num_ranks
-    can = [[False] * num_ranks if answer is None else answer[0] for answer in answers]
-    transports = tuple(name for name in available if all(name in answers[r][1] for r in present))
+    can = [[False] * num_ranks if answer is None else answer for answer in group.gather(reach)]
     one_host = all(can[a][b] for a in present for b in present)
     if ranks_per_node:
         if num_ranks % ranks_per_node:
@@ -367,7 +363,7 @@ def survey(
         if r in present and can[group.rank][r] and facts[r]["cpus"] == facts[group.rank]["cpus"]
     ]  # fmt: skip
     place = (alike.index(group.rank), len(alike))
-    return Survey(Topology.from_nodes(group.rank, nodes), one_host, transports, place)
+    return Survey(Topology.from_nodes(group.rank, nodes), one_host, place)
 
 
 def _with_absent(

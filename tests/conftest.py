@@ -21,7 +21,9 @@ import moe_comm
 
 # MOE_COMM_TEST_START=fork: where importing torch a second time takes a minute.
 _context = multiprocessing.get_context(os.environ.get("MOE_COMM_TEST_START", "forkserver"))
-_context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm"])
+_context.set_forkserver_preload(
+    ["torch", "torch.distributed", "pytest", "hypothesis", "moe_comm", "moe_comm.deep_ep"]
+)
 
 
 def pytest_addoption(parser):

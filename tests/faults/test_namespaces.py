@@ -6,11 +6,15 @@ address, or last and the higher one), and one end of a veth pair. Two ranks in e
 
 import ctypes
 import os
+import pickle
 import shutil
 import subprocess
 import time
+import traceback
+from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from job import GRACE_S, NUM_RANKS, SILENCE_S, SLACK_S
 from rows import summary, why_not
 
@@ -21,6 +25,7 @@ import moe_comm
 from moe_comm import MoeCommError, PeerLost, PeerTimeout
 
 CLONE_NEWNET = 0x40000000
+SPACES = {"pid": 0x20000000, "net": CLONE_NEWNET, "mnt": 0x00020000}  # of a container
 TCP = "fabric:tcp;ofi_rxm"
 
 
@@ -79,10 +84,14 @@ def hosts(request):
 
 
 def enter(name):
-    with open(f"/run/netns/{name}") as file:
+    enter_space(f"/run/netns/{name}", CLONE_NEWNET)
+
+
+def enter_space(path, kind):
+    with open(path) as file:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.setns(file.fileno(), CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), f"setns({name})")
+        if libc.setns(file.fileno(), kind) != 0:
+            raise OSError(ctypes.get_errno(), f"setns({path})")
 
 
 def open_buffer(group, hops="node", **more):
@@ -129,6 +138,86 @@ def test_two_hosts(run_ranks, matrix, hosts, interfaces):
         "ok",
     )
     assert all("wire0" in source or "10.98.7." in source for source in sources), sources
+
+
+@pytest.fixture
+def containers(hosts):
+    """In each of `hosts` a process that is number 1 of its own, with its own /proc. {host: its number out here}."""
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sleep", "600"]
+    started, first = [], {}
+    try:
+        for name in hosts:
+            started.append(subprocess.Popen(["ip", "netns", "exec", name, *inside]))
+        for name, process in zip(hosts, started, strict=True):
+            deadline = time.monotonic() + 10.0
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while not (found := children.read_text().split()):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.skip("process namespaces cannot be made here")
+                time.sleep(0.02)
+            first[name] = int(found[0])
+        yield first
+    finally:
+        for process in started:
+            process.kill()
+            process.wait(10)
+
+
+def in_container(number, work):
+    """What `work()` returns in a new process of the container whose first process has this `number`."""
+    reader, writer = os.pipe()
+    child = (
+        os.fork()
+    )  # setns wants a process without threads, and only its children are of another pid namespace
+    if child == 0:
+        try:
+            spaces = [(f"/proc/{number}/ns/{name}", kind) for name, kind in SPACES.items()]
+            for path, kind in spaces:
+                enter_space(path, kind)
+            if os.fork() == 0:
+                os.write(writer, pickle.dumps(work()))
+            else:
+                os.wait()
+        except BaseException:
+            os.write(writer, pickle.dumps(traceback.format_exc()))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        result = pickle.load(file)
+    os.waitpid(child, 0)
+    assert not isinstance(result, str), result  # its traceback
+    return result
+
+
+def two_containers(rank, group, hosts, containers, path):
+    """Which transport and nodes were found by themselves, and the process number in there."""
+
+    def work():
+        group = moe_comm.EPGroup.from_store(
+            dist.FileStore(path, NUM_RANKS), rank, NUM_RANKS, timeout_s=20
+        )
+        with moe_comm.Buffer(
+            group, hidden=64, topk=3, num_experts=8, window_bytes=1 << 20, timeout_s=20.0
+        ) as buffer:
+            for seed in range(4):
+                exchange(buffer, rank, seed)
+            group.gather(None)
+            return buffer.engine.transport.partition(":")[0], buffer.topology.node_of, os.getpid()
+
+    return in_container(containers[hosts[rank // 2]], work)
+
+
+def test_two_containers(run_ranks, matrix, hosts, containers, tmp_path):
+    """Nothing is told: memory that cannot be mapped makes two nodes, and a network between them is found.
+
+    Their processes have the same numbers, so whoever looks for a peer's by its number finds another.
+    """
+    found = run_ranks(two_containers, NUM_RANKS, hosts, containers, str(tmp_path / "inside"))
+    assert [f[:2] for f in found] == [("fabric", (0, 0, 1, 1))] * NUM_RANKS, found
+    numbers = [{f[2] for f in found[:2]}, {f[2] for f in found[2:]}]
+    assert numbers[0] & numbers[1], f"the test is to have processes of one number: {found}"
+    matrix("two containers, nothing said", "open", "fabric:tcp node", "ok")
 
 
 def wrong_interface(rank, group, hosts):
