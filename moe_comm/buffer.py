@@ -425,11 +425,12 @@ class Buffer:
     ) -> tuple[bool, ...]:
         """Begins the next generation, of the ranks that come; collective of those that are left.
 
-        Waits at most `timeout_s` for the ranks of this generation (not for those known to be dead) and for those in
-        `expect`, which rejoin. `mask`: ranks to leave out though they live; all pass the same. Afterwards calls work
-        again: an absent rank has no tokens, tokens for its experts are dropped, and `hops` is "rank" until all are
-        back. Handles and hooks of earlier generations raise. The group needs a Store that survives (not one that a
-        dead rank hosted).
+        Waits at most `timeout_s` for the ranks of this generation that this rank does not take for lost, and for those
+        in `expect`: who rejoins; and, after a link was cut and mended, who was taken for lost meanwhile (all may be
+        named), or they may come too late and be left out. `mask`: ranks to leave out though they live; all pass the
+        same. Afterwards calls work again: an absent rank has no tokens, tokens for its experts are dropped, and `hops`
+        is "rank" until all are back. Handles and hooks of earlier generations raise. The group needs a Store that
+        survives (not one that a dead rank hosted).
 
         Returns: `alive()`. Raises: PeerLost on a rank that the others left out (it may `rejoin`); PeerTimeout,
         TransportError if members failed meanwhile: call it again. See generation.py.

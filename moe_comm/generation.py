@@ -7,6 +7,10 @@ late bytes of a stopped process land in memory that nobody reads any more.
     here/r   each rank says that it came (and, if it is a newcomer, that it wants in)
     decided  the members, written once by compare-and-set: by the first that sees all it expects, or whose time is up
 
+Only ranks that are not taken for lost are waited for, and those that the caller names. A link that was cut makes ranks
+take each other for lost though they live, not all of them the same ones: when it is mended, name them to `recover`
+(`expect`), or whoever expects fewest decides without the rest.
+
 A rank that finds itself left out raises PeerLost; by `rejoin` it waits for the survivors' next meeting. Newcomers never
 decide, or a lone one would found a group of its own. Meetings are numbered; one that was decided is over, so a meeting
 whose members then failed is followed by the next.

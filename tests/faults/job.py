@@ -191,13 +191,17 @@ class Job:
     # --- afterwards ----------------------------------------------------------------------------------
 
     def go_on(self, *dead, back=()):
-        """The survivors begin the next generation, with those that come `back`; their calls are right."""
+        """The survivors begin the next generation, with those that come `back`; their calls are right.
+
+        With nobody dead, everybody names everybody: who was taken for lost is else not waited for.
+        """
         self.dead = dead
+        expect = () if dead else range(NUM_RANKS)
         alive = tuple(r not in dead for r in range(NUM_RANKS))
         if self.rank in back:
             assert self.buffer.rejoin(timeout_s=20 * SLOWNESS) == alive
         else:
-            assert self.buffer.recover(expect=back, timeout_s=20 * SLOWNESS) == alive
+            assert self.buffer.recover(expect=expect, timeout_s=20 * SLOWNESS) == alive
         self.got = None
         for _ in range(4):
             self.call(self.small)

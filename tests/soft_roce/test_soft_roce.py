@@ -114,6 +114,7 @@ FAULTS = (
     "test_fault_matrix.py::test_exits_after_its_last_combine[verbs-node]",
     "test_fault_matrix.py::test_exits_after_its_last_combine[verbs-rank]",
     "test_fault_matrix.py::test_link_is_cut[verbs-node-dispatch]",
+    "test_fault_matrix.py::test_link_is_cut[verbs-rank-combine]",
     "test_fault_survived.py::test_opening[verbs-no memory to register-rank]",
     "test_fault_survived.py::test_opening[verbs-other secret-rank]",
     "test_fault_survived.py::test_stale_key[verbs-rank]",
