@@ -110,6 +110,15 @@ class Job:
             assert time.monotonic() < deadline, (rank, state_of(self.pids[rank]))
             time.sleep(0.01)
 
+    def wait_until_closing(self, rank):
+        """Until a rank that was killed has given up its descriptors; closing what they are may take longer."""
+        deadline = time.monotonic() + 10 * SLOWNESS
+        with contextlib.suppress(FileNotFoundError):  # it ended
+            for thread in os.listdir(f"/proc/{self.pids[rank]}/task"):
+                while os.listdir(f"/proc/{self.pids[rank]}/task/{thread}/fd"):
+                    assert time.monotonic() < deadline, (rank, state_of(self.pids[rank]))
+                    time.sleep(0.01)
+
     # --- windows -------------------------------------------------------------------------------------
 
     def message_at(self, reader, writer, epoch):

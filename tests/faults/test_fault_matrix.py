@@ -85,7 +85,11 @@ def job_of_large_message(rank, group, *shape, message_s=4.0, **options):
 
 
 def slow_wire(seconds):
-    """What leaves node 1 takes so long for a MiB. A NIC that is closed ends when what it gave to the wire has left."""
+    """What leaves node 1 takes so long for a MiB.
+
+    rxe ends no queue pair before all that it gave to the wire has left, and so no process that was killed: seconds too
+    late for the others to see that it ended. Mending the wire drops what waits there.
+    """
     num_bits = 8 << 20
     limit = f"rate {num_bits / seconds:.0f}bit burst 16kb limit 16mb"
     subprocess.run(
@@ -155,6 +159,9 @@ def meet_in_the_middle(job, segment, epoch, sig):
         time.sleep(0.4)
     if job.rank == 0:
         os.kill(job.pids[VICTIM], sig)
+        if job.backend == "verbs" and sig == signal.SIGKILL:
+            job.wait_until_closing(VICTIM)
+            mend_wire()
         job.wait_for_state(VICTIM, "Z" if sig == signal.SIGKILL else "T")
         if job.backend != "verbs":
             os.kill(job.pids[READER], signal.SIGCONT)
@@ -178,8 +185,6 @@ def killed_during(rank, group, *shape):
     told = job.told(PeerLost)
     if rank == READER:
         assert arrived_in_part(job, segment, epoch)
-        if job.backend == "verbs":
-            mend_wire()
     job.go_on(VICTIM)
     job.close(VICTIM)
     return told
