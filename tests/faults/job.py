@@ -199,7 +199,7 @@ class Job:
 
     # --- afterwards ----------------------------------------------------------------------------------
 
-    def go_on(self, *dead, back=()):
+    def go_on(self, *dead, back=(), mask=()):
         """The survivors begin the next generation, with those that come `back`; their calls are right.
 
         With nobody dead, everybody names everybody: who was taken for lost is else not waited for.
@@ -210,7 +210,7 @@ class Job:
         if self.rank in back:
             assert self.buffer.rejoin(timeout_s=20 * SLOWNESS) == alive
         else:
-            assert self.buffer.recover(expect=expect, timeout_s=20 * SLOWNESS) == alive
+            assert self.buffer.recover(expect=expect, mask=mask, timeout_s=20 * SLOWNESS) == alive
         self.got = None
         for _ in range(4):
             self.call(self.small)
