@@ -110,6 +110,15 @@ class Job:
             assert time.monotonic() < deadline, (rank, state_of(self.pids[rank]))
             time.sleep(0.01)
 
+    def wait_until_closing(self, rank):
+        """Until a rank that was killed has given up its descriptors; closing what they are may take longer."""
+        deadline = time.monotonic() + 10 * SLOWNESS
+        with contextlib.suppress(FileNotFoundError):  # it ended
+            for thread in os.listdir(f"/proc/{self.pids[rank]}/task"):
+                while os.listdir(f"/proc/{self.pids[rank]}/task/{thread}/fd"):
+                    assert time.monotonic() < deadline, (rank, state_of(self.pids[rank]))
+                    time.sleep(0.01)
+
     # --- windows -------------------------------------------------------------------------------------
 
     def message_at(self, reader, writer, epoch):
@@ -190,7 +199,7 @@ class Job:
 
     # --- afterwards ----------------------------------------------------------------------------------
 
-    def go_on(self, *dead, back=()):
+    def go_on(self, *dead, back=(), mask=()):
         """The survivors begin the next generation, with those that come `back`; their calls are right.
 
         With nobody dead, everybody names everybody: who was taken for lost is else not waited for.
@@ -201,7 +210,7 @@ class Job:
         if self.rank in back:
             assert self.buffer.rejoin(timeout_s=20 * SLOWNESS) == alive
         else:
-            assert self.buffer.recover(expect=expect, timeout_s=20 * SLOWNESS) == alive
+            assert self.buffer.recover(expect=expect, mask=mask, timeout_s=20 * SLOWNESS) == alive
         self.got = None
         for _ in range(4):
             self.call(self.small)

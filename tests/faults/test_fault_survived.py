@@ -17,6 +17,7 @@ import time
 import pytest
 from job import (
     GRACE_S,
+    NICS,
     NUM_RANKS,
     SLACK_S,
     SLOWNESS,
@@ -62,6 +63,8 @@ def damaged_header(job, reader, damage):
     epoch = job.buffer.native.next_epoch
     hook, tag = None, f"{job.phase} {damage.__name__} {reader}"
     windows = job.windows_of(reader)
+    if job.phase == "combine" and reader == READER and job.rank == 2:
+        hook = job.send(async_op="hook")  # rank 3 adds to this what it sends, and waits for it
     if job.rank == VICTIM:
         at = job.message_at(reader, VICTIM, epoch)
         hook = job.send(async_op="hook")
@@ -129,11 +132,16 @@ SHARED = {
 }
 
 
+# In an emulated machine, where each takes seconds: those that have to do with the transport.
+OVER_NICS = ("damaged header, other node", "other parameters", "closed with a call in flight")
+
+
 def shared_faults(rank, group, backend, hops):
     """Each fault for each phase. Returns what this rank was told of each."""
     job = Job(rank, group, backend, hops, "dispatch")
     told = {}
-    for name, fault in SHARED.items():
+    for name in OVER_NICS if NICS else SHARED:
+        fault = SHARED[name]
         for phase in PHASES if "damaged counts" not in name else ["dispatch"]:
             job.begin(phase)
             told[name, phase] = fault(job)
@@ -154,20 +162,24 @@ def test_nobody_dies(run_ranks, matrix, backend, hops):
 # --- opening ---------------------------------------------------------------------------------------
 
 
+# Registering is what takes long: in an emulated machine 7 s for 128 MB.
+SMALL_WINDOWS = 1 << 20
+
+
 def try_to_open(group, backend, hops, **options):
     """(class, seconds, text) of the error, or None."""
     use_nic(group.rank)
     start = time.monotonic()
     try:
         moe_comm.Buffer(group, hidden=64, topk=2, num_experts=8, hops=hops, transport=backend,
-                        **{"ranks_per_node": 2, **options}).close()  # fmt: skip
+                        **{"ranks_per_node": 2, "window_bytes": SMALL_WINDOWS, **options}).close()  # fmt: skip
     except MoeCommError as error:
         return type(error).__name__, time.monotonic() - start, str(error)
 
 
 def no_memory(rank, group, backend, hops):
     """Rank 3 may not register (verbs) or map its windows. When it may again, all can open."""
-    assert try_to_open(group, backend, hops, window_bytes=1 << 20) is None  # libraries are loaded
+    assert try_to_open(group, backend, hops) is None  # libraries are loaded
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     if rank == VICTIM and backend == "verbs":
         lock_memory(group, False)
@@ -182,7 +194,7 @@ def no_memory(rank, group, backend, hops):
         lock_memory(group, True)
     elif rank == VICTIM:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert try_to_open(group, backend, hops, window_bytes=1 << 20) is None
+    assert try_to_open(group, backend, hops) is None
     return told
 
 
@@ -225,20 +237,22 @@ def refused(rank, group, backend, hops):
     def die_after_the_addresses(value):
         answers = gather(value)
         if isinstance(value, tuple) and isinstance(value[1], dict) and "address" in value[1]:
+            group.store.set("died", str(time.monotonic()))
             os.kill(os.getpid(), signal.SIGKILL)
         return answers
 
     if rank == VICTIM:
         group._gather = die_after_the_addresses
-    told = try_to_open(group, backend, hops, ranks_per_node=1)
+    kind, _, text = try_to_open(group, backend, hops, ranks_per_node=1)
+    seconds = time.monotonic() - float(group.store.get("died"))
     # Until the transport says that the process has ended, and from then on the deadline of the gather.
-    assert told[1] <= NOTICED_S + TIMEOUT_S + GRACE_S + SLACK_S, told
+    assert seconds <= NOTICED_S + TIMEOUT_S + GRACE_S + SLACK_S, (kind, seconds, text)
     why = {
         "TransportError": "to rank 3",
         "PeerTimeout": "for ranks [3]",
     }  # connected in its last moment
-    assert why[told[0]] in told[2], told
-    return told
+    assert why[kind] in text, (kind, text)
+    return kind, seconds, text
 
 
 OPENING = {

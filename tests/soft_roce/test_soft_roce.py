@@ -107,6 +107,7 @@ def test_endpoint_that_cannot_be_enabled(inside, suite):  # noqa: F811
 FAULTS = (
     "test_fault_matrix.py::test_killed[verbs-killed before its send-node-dispatch]",
     "test_fault_matrix.py::test_killed[verbs-killed before its send-rank-combine]",
+    "test_fault_matrix.py::test_killed[verbs-killed during its send-node-dispatch]",
     "test_fault_matrix.py::test_killed[verbs-killed after its send-rank-dispatch]",
     "test_fault_matrix.py::test_killed[verbs-killed after its send-node-combine]",
     "test_fault_matrix.py::test_killed[verbs-killed as forwarder-node-dispatch]",
@@ -115,6 +116,9 @@ FAULTS = (
     "test_fault_matrix.py::test_exits_after_its_last_combine[verbs-rank]",
     "test_fault_matrix.py::test_link_is_cut[verbs-node-dispatch]",
     "test_fault_matrix.py::test_link_is_cut[verbs-rank-combine]",
+    "test_fault_matrix.py::test_stopped[verbs-node-dispatch]",
+    "test_fault_survived.py::test_nobody_dies[verbs-node]",
+    "test_fault_survived.py::test_opening[verbs-connection refused-rank]",
     "test_fault_survived.py::test_opening[verbs-no memory to register-rank]",
     "test_fault_survived.py::test_opening[verbs-other secret-rank]",
     "test_fault_survived.py::test_stale_key[verbs-rank]",
