@@ -9,15 +9,15 @@ using namespace moe_comm;
 extern "C" __global__ void __launch_bounds__(32)
     moe_comm_round_trip(DeviceRing ring, const Counter* word, uint64_t count, uint64_t* clocks,
                         uint64_t* span, uint32_t* status) {
-  ring::Device memory;
+  device::Device memory;
   if (threadIdx.x != 0) return;
   const uint64_t ns = memory.now_ns();
   const long long all = clock64();
   for (uint64_t i = 0; i < count; ++i) {
     const long long start = clock64();
-    uint32_t failed = ring::push(memory, ring, Transfer{1, 1, 0, 0, 256});
+    uint32_t failed = device::push(memory, ring, Transfer{1, 1, 0, 0, 256});
     if (failed == kWaitOk) {
-      failed = ring::wait_counter(memory, word, i + 1, ring.abort_word, ring.timeout_ns);
+      failed = device::wait_counter(memory, word, i + 1, ring.abort_word, ring.timeout_ns);
     }
     clocks[i] = static_cast<uint64_t>(clock64() - start);
     if (failed != kWaitOk) {
@@ -33,10 +33,10 @@ extern "C" __global__ void __launch_bounds__(32)
 // Every block pushes `count` commands.
 extern "C" __global__ void __launch_bounds__(32)
     moe_comm_push_many(DeviceRing ring, uint64_t count, uint32_t* status) {
-  ring::Device memory;
+  device::Device memory;
   if (threadIdx.x != 0) return;
   for (uint64_t i = 0; i < count; ++i) {
-    const WaitStatus failed = ring::push(memory, ring, Transfer{1, 1, 0, 0, 256});
+    const WaitStatus failed = device::push(memory, ring, Transfer{1, 1, 0, 0, 256});
     if (failed != kWaitOk) {
       *status = failed;
       return;

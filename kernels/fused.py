@@ -59,19 +59,21 @@ class Send(Struct):  # dispatch.cuh: Arguments
             "row_bytes windows lanes num_links num_local links commits epoch arrived status"
         ),
         ("ring", DeviceRing),
+        ("waited", WORD),
     ]
 
 
 class Forward(Struct):  # receive.cuh
     _fields_ = _words(
-        "rows num_rows row_bytes table node_ranks starts windows words num_words epoch arrived"
+        "rows num_rows row_bytes table node_ranks starts windows words num_words epoch arrived "
+        "waited"
     )
 
 
 class Unpack(Struct):  # receive.cuh
     _fields_ = _words(
         "rows num_rows row_bytes payload_bytes positions num_positions out_x out_scales scales_at scale_bytes words "
-        "num_words epoch arrived"
+        "num_words epoch arrived waited"
     )
 
 
@@ -82,12 +84,13 @@ class Combine(Struct):  # combine.cuh: Arguments
             "num_local links row_bytes commits epoch arrived status"
         ),
         ("ring", DeviceRing),
+        ("waited", WORD),
     ]
 
 
 KERNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "moe_comm_push": ("ring", (DeviceRing, WORD, WORD)),
-    "moe_comm_arm": ("ring", (DeviceRing, ctypes.c_uint32, ctypes.c_uint32, WORD, ctypes.c_uint32, WORD)),
+    "moe_comm_arm": ("ring", (DeviceRing, *(ctypes.c_uint32,) * 2, WORD, ctypes.c_uint32, WORD, WORD)),
     "moe_comm_wait": ("ring", (WORD,) * 5),
     "moe_comm_dispatch_send": ("dispatch", (Send,)),
     "moe_comm_dispatch_forward": ("dispatch", (Forward,)),
