@@ -39,6 +39,10 @@ void Proxy::detach(const std::shared_ptr<MappedRing>& ring) {
   run([&] {
     if (std::erase(rings_, ring) == 0) return;
     num_rings_.store(static_cast<uint32_t>(rings_.size()), std::memory_order_relaxed);
+    // What was pushed before is carried out.
+    for (uint32_t taken = 0; taken < ring->options_.num_slots; taken += kCommandsPerTurn) {
+      if (!take_commands(*ring, Clock::now())) break;
+    }
     ring->fail({Code::kClosed, "the ring was closed"});
   });
 }

@@ -237,15 +237,22 @@ void a_wait_ends_when_all_sources_came() {
 
 // Credits: the readers' releases, and the end of the own writes of that bank.
 void a_wait_for_own_writes() {
-  Rank a(0), b(0);
+  Rank a(33), b(0);  // shaken: writes are posted late
   Way way(a, b, 2);
   Gpu gpu(a.proxy);
-  const uint32_t wait = value_of(a.proxy.open_wait({"credits", "rank 0", {}, {way.channel}}));
+  Counter sent[kNumBanks] = {0, 0};
+  const uint32_t row =
+      value_of(b.proxy.open_row({{&way.words[0], &way.words[1]}, nullptr, "rows"}, 2));
+  const uint32_t channel = value_of(
+      a.proxy.open_channel({way.peer, &a.region, b.remote, row, {&sent[0], &sent[1]}, nullptr}));
+  const uint32_t wait = value_of(a.proxy.open_wait({"credits", "rank 0", {}, {channel}}));
   for (uint64_t e = 2; e < 40; ++e) {
-    CHECK(gpu.push(message(way.channel, e, 0, 0, 4096)) == kWaitOk);
+    CHECK(gpu.push(message(channel, e, 0, 0, 4096)) == kWaitOk);
     CHECK(gpu.arm(wait, e) == kWaitOk && gpu.wait() == kWaitOk);
+    CHECK(load(sent[e % 2]) == e / 2, "its own write has not ended");
     wait_until("it does not come", [&] { return load(way.words[e % 2]) == e; });
   }
+  a.proxy.stop();  // before the words go
 }
 
 void a_source_that_never_comes_is_a_timeout() {
