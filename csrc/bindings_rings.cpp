@@ -18,8 +18,8 @@ namespace {
 Counter* at(uintptr_t address) { return reinterpret_cast<Counter*>(address); }
 uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
 
-// (address of its two words, the engine's peer or -1, who it is)
-using Source = std::tuple<uintptr_t, int64_t, std::string>;
+// (address of its two words, the engine's peer or -1, who it is, address of its heartbeat or 0)
+using Source = std::tuple<uintptr_t, int64_t, std::string, uintptr_t>;
 
 uint32_t open_channel(Engine& engine, uint32_t peer, uint64_t region, const py::bytes& descriptor,
                       uint32_t row) {
@@ -32,16 +32,16 @@ uint32_t open_channel(Engine& engine, uint32_t peer, uint64_t region, const py::
 uint32_t open_wait(Engine& engine, const std::string& what, const std::string& who,
                    const std::vector<Source>& sources, const std::vector<uint32_t>& channels) {
   Wait wait{what, who, {}, channels};
-  for (const auto& [words, peer, name] : sources) {
-    wait.sources.push_back(
-        {{at(words), at(words) + 1}, peer < 0 ? ~0u : static_cast<uint32_t>(peer), name});
+  for (const auto& [words, peer, name, beat] : sources) {
+    const uint32_t number = peer < 0 ? ~0u : static_cast<uint32_t>(peer);
+    wait.sources.push_back({{at(words), at(words) + 1}, number, name, at(beat)});
   }
   return check(unlocked([&] { return engine.proxy().open_wait(std::move(wait)); }));
 }
 
 std::shared_ptr<MappedRing> attach_ring(Engine& engine, uint32_t num_slots, uint32_t num_words,
-                                        double timeout_s, uint64_t first_ticket) {
-  auto ring = check(MappedRing::create({num_slots, num_words, timeout_s, first_ticket}));
+                                        double timeout_s, double silent_s, uint64_t first_ticket) {
+  auto ring = check(MappedRing::create({num_slots, num_words, timeout_s, silent_s, first_ticket}));
   check(unlocked([&] { return engine.proxy().attach(ring); }));
   return ring;
 }
@@ -85,7 +85,8 @@ void bind_rings(py::module_& m, py::class_<Engine>& engine) {
       });
   engine
       .def("attach_ring", &attach_ring, py::arg("num_slots") = 4096, py::arg("num_words") = 64,
-           py::arg("timeout_s") = 300.0, py::arg("first_ticket") = 0, py::keep_alive<0, 1>())
+           py::arg("timeout_s") = 300.0, py::arg("silent_s") = 30.0, py::arg("first_ticket") = 0,
+           py::keep_alive<0, 1>())
       .def("detach_ring",
            [](Engine& self, const std::shared_ptr<MappedRing>& ring) {
              unlocked([&] { self.proxy().detach(ring); });

@@ -26,6 +26,8 @@ Result<std::shared_ptr<MappedRing>> MappedRing::create(const RingOptions& o) {
     return wrong("num_words: expected 1 to 2^20, got " + std::to_string(o.num_words));
   if (!(o.timeout_s > 0 && o.timeout_s < 1e6))
     return wrong("timeout_s: expected more than 0, got " + std::to_string(o.timeout_s));
+  if (!(o.silent_s > 0 && o.silent_s < 1e6))
+    return wrong("silent_s: expected more than 0, got " + std::to_string(o.silent_s));
   if (o.first_ticket % (2ull * o.num_slots) != 0) {
     return wrong("first_ticket: expected a multiple of 2 * num_slots, got " +
                  std::to_string(o.first_ticket));

@@ -29,6 +29,7 @@ struct RingOptions {
   uint32_t num_slots = 4096;  // a power of two
   uint32_t num_words = 64;    // armed waits at a time, at most
   double timeout_s = 300;     // of a wait for room, and of armed waits that say nothing else
+  double silent_s = 30;       // a source whose heartbeat stopped is given up after that
   uint64_t first_ticket = 0;  // a multiple of 2 * num_slots
 };
 
@@ -39,6 +40,7 @@ struct WaitSource {
   Counter* words[kNumBanks] = {nullptr, nullptr};
   uint32_t peer = ~0u;  // of the engine: lost, it will not come; ~0: none
   std::string who;      // "rank 7 (node 1)"
+  Counter* beat{};      // [heartbeat word] of its rank, as it is here; null: none
 };
 struct Wait {
   std::string what;  // "dispatch"
@@ -70,6 +72,8 @@ class MappedRing {
     Arm arm;
     size_t next = 0;  // sources before it are complete
     Clock::time_point start, deadline;
+    uint64_t beat = ~0ull;  // of that source, as last seen
+    Clock::time_point beat_at{};
   };
 
   MappedRing(const RingOptions& options, Mapping memory);

@@ -401,7 +401,7 @@ void Proxy::sleep() {
                      (wait_fd < 0 && (!peers_.empty() || stats_.immediates.load() > 0));
     double seconds = std::min(kIdleSleep, options_.heartbeat_s * 2);
     if (!rings_.empty()) {
-      seconds = naps_++ < kNapsUntilParked ? kRingNap : kNapSleep;
+      seconds = naps_++ < kNapsUntilParked || rings_wait() ? kRingNap : kNapSleep;
     } else if (nap) {
       seconds = naps_++ < kNapsUntilParked ? kNapSleep : kParkedNap;
     }

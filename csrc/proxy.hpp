@@ -192,11 +192,15 @@ class Proxy {
   bool take_commands(MappedRing& ring, Clock::time_point now);
   Status begin(MappedRing& ring, const Command& command, Clock::time_point now);
   bool look_at_waits(MappedRing& ring, Clock::time_point now);
-  std::optional<WaitStatus> look_at(MappedRing::Armed& armed, Clock::time_point now, Status& why);
+  std::optional<WaitStatus> look_at(MappedRing::Armed& armed, const RingOptions& options,
+                                    Clock::time_point now, Status& why);
+  std::string why_lost(const WaitSource& source, MappedRing::Armed& armed,
+                       const RingOptions& options, Clock::time_point now) const;
   std::string describe(const Wait& wait, const MappedRing::Armed& armed, Clock::time_point now,
                        const std::string& missing) const;
   void look_over(MappedRing& ring, Clock::time_point now);
   bool rings_have_commands() const;
+  bool rings_wait() const;
   bool run_functions();
   bool post_pending();
   uint32_t count_postable() const;

@@ -12,6 +12,7 @@ namespace moe_comm {
 namespace {
 constexpr int kCommandsPerTurn = 64;
 constexpr double kLookOver = 0.01;  // seconds between looks at what moves slowly
+constexpr double kLastWords = 1.0;  // for the writes of a rank that closed or gave up
 
 bool reached(uint64_t word, uint64_t epoch) {  // both modulo 2^48
   return static_cast<int64_t>((word - epoch) << 16) >= 0;
@@ -117,7 +118,7 @@ Status Proxy::begin(MappedRing& ring, const Command& command, Clock::time_point 
     const auto limit =
         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
     ring.is_armed_[arm.word_idx] = 1;
-    ring.armed_.push_back({arm, 0, now, now + limit});
+    ring.armed_.push_back({arm, 0, now, now + limit, ~0ull, now});
     ring.stats_.armed.fetch_add(1, std::memory_order_relaxed);
     return {};
   }
@@ -140,7 +141,7 @@ bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
   for (size_t i = 0; i < ring.armed_.size();) {
     MappedRing::Armed& armed = ring.armed_[i];
     Status why;
-    const std::optional<WaitStatus> status = look_at(armed, now, why);
+    const std::optional<WaitStatus> status = look_at(armed, ring.options_, now, why);
     if (!status) {
       ++i;
       continue;
@@ -160,8 +161,8 @@ bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
 }
 
 // How it ended, if it did; `why`: of one that failed.
-std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, Clock::time_point now,
-                                         Status& why) {
+std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOptions& options,
+                                         Clock::time_point now, Status& why) {
   const ChannelState& state = channels_[armed.arm.channel];
   if (!state.wait) {
     why = {Code::kClosed, "an armed wait was closed"};
@@ -172,7 +173,10 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, Clock::time_p
   const auto complete = [&](const WaitSource& source) {
     return reached(word_at(*source.words[bank]).load(std::memory_order_acquire), armed.arm.epoch);
   };
-  while (armed.next < wait.sources.size() && complete(wait.sources[armed.next])) ++armed.next;
+  while (armed.next < wait.sources.size() && complete(wait.sources[armed.next])) {
+    ++armed.next;
+    armed.beat = ~0ull;
+  }
   std::string missing;
   if (armed.next == wait.sources.size()) {
     const auto busy = [&](uint32_t c) {
@@ -184,10 +188,10 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, Clock::time_p
     missing = "its own writes on channel " + std::to_string(*found);
   } else {
     const WaitSource& source = wait.sources[armed.next];
-    if (source.peer < peers_.size() &&
-        peers_[source.peer].state.load(std::memory_order_relaxed) == PeerState::kLost) {
-      why = {Code::kPeerLost, describe(wait, armed, now, source.who) + ": the connection ended: " +
-                                  peers_[source.peer].lost.status().text()};
+    const std::string lost = why_lost(source, armed, options, now);
+    if (!lost.empty()) {
+      if (complete(source)) return std::nullopt;  // it came while we looked
+      why = {Code::kPeerLost, describe(wait, armed, now, source.who) + ": " + lost};
       return kWaitLost;
     }
     if (now < armed.deadline) return std::nullopt;
@@ -195,6 +199,28 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, Clock::time_p
   }
   why = {Code::kPeerTimeout, describe(wait, armed, now, missing)};
   return kWaitTimeout;
+}
+
+// Empty: there is no reason to give it up. The connection of a link peer ends after the immediates
+// of all it wrote; its heartbeat travels by itself.
+std::string Proxy::why_lost(const WaitSource& source, MappedRing::Armed& armed,
+                            const RingOptions& options, Clock::time_point now) const {
+  const bool linked = source.peer < peers_.size();
+  if (linked && peers_[source.peer].state.load(std::memory_order_relaxed) == PeerState::kLost)
+    return "the connection ended: " + peers_[source.peer].lost.status().text();
+  if (!source.beat) return {};
+  const uint64_t beat = word_at(*source.beat).load(std::memory_order_acquire);
+  if (beat != armed.beat) {
+    armed.beat = beat;
+    armed.beat_at = now;
+  }
+  const double seconds = std::chrono::duration<double>(now - armed.beat_at).count();
+  const uint64_t state = beat & 15u;
+  if (state != kAlive) {
+    if (linked && seconds < kLastWords) return {};
+    return state & kFailed ? "it gave up after a fault of its own" : "it closed its Buffer";
+  }
+  return seconds > options.silent_s ? "its heartbeat stopped" : "";
 }
 
 std::string Proxy::describe(const Wait& wait, const MappedRing::Armed& armed, Clock::time_point now,
@@ -234,6 +260,11 @@ void Proxy::look_over(MappedRing& ring, Clock::time_point now) {
                 "its kernel died or gave up",
                 static_cast<unsigned long long>(ring.consumer_.next()), seconds);
   ring.fail({Code::kTransport, text});
+}
+
+bool Proxy::rings_wait() const {
+  return std::any_of(rings_.begin(), rings_.end(),
+                     [](const auto& ring) { return !ring->armed_.empty(); });
 }
 
 bool Proxy::rings_have_commands() const {

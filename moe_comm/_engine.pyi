@@ -176,6 +176,7 @@ class Engine:
         num_slots: int = 4096,
         num_words: int = 64,
         timeout_s: float = 300.0,
+        silent_s: float = 30.0,
         first_ticket: int = 0,
     ) -> MappedRing:
         """A ring that the proxy serves from now on."""
@@ -191,10 +192,15 @@ class Engine:
         """What a Transfer names: writes from that region to the peer's, counted in the peer's `row`."""
 
     def open_wait(
-        self, what: str, who: str, sources: Sequence[tuple[int, int, str]], channels: Sequence[int]
+        self,
+        what: str,
+        who: str,
+        sources: Sequence[tuple[int, int, str, int]],
+        channels: Sequence[int],
     ) -> int:
         """What an Arm names: the epoch is complete when each source's word (two by bank, at its address) says so, and
-        this rank's writes of its bank on `channels` ended. A source: address, peer (-1: none), who it is.
+        this rank's writes of its bank on `channels` ended. A source: address, peer (-1: none), who it is, address of
+        its heartbeat word (0: none).
         """
 
     def close_channel(self, channel: int) -> None:

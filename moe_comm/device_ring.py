@@ -34,6 +34,7 @@ class DeviceRing:
         num_slots: commands on their way, a power of two.
         num_words: armed waits at a time.
         timeout_s: of a wait for room, and of armed waits that are given none.
+        silent_s: a source whose heartbeat stopped is given up after that.
 
     Raises: ArgumentError; TransportError; RuntimeError where the device cannot map host memory.
     """
@@ -46,11 +47,12 @@ class DeviceRing:
         num_slots: int = 4096,
         num_words: int = 64,
         timeout_s: float = 300.0,
+        silent_s: float = 30.0,
         first_ticket: int = 0,
     ):
         self.device = torch.device(device)
         self._native = native
-        self._ring = native.attach_ring(num_slots, num_words, timeout_s, first_ticket)
+        self._ring = native.attach_ring(num_slots, num_words, timeout_s, silent_s, first_ticket)
         self._open = True
         try:
             self._pinned = Pinned(self._ring.address, self._ring.num_bytes, self.device)

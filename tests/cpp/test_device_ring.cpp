@@ -311,6 +311,47 @@ void a_lost_source_ends_the_wait_at_once() {
   }
 }
 
+// A rank that says goodbye or gives up, and one whose heart stops, are not waited for until the
+// deadline; who committed first is not lost.
+void a_source_whose_heart_stopped_is_lost() {
+  Rank a(0);
+  const struct {
+    uint64_t beat;
+    bool linked;
+    double least_s;
+    const char* text;
+  } table[] = {{160 + kClosed, false, 0.0, ": it closed its Buffer"},
+               {160 + kFailed, false, 0.0, ": it gave up after a fault of its own"},
+               {160 + kClosed, true, 1.0, ": it closed its Buffer"},
+               {160, false, 0.3, ": its heartbeat stopped"}};
+  for (const auto& one : table) {
+    Rank b(0);
+    Counter words[kNumBanks] = {2, 3}, others[kNumBanks] = {2, 3}, beat = one.beat, alive = 16;
+    const uint32_t peer = one.linked ? a.connect(b) : ~0u;
+    const uint32_t wait =
+        value_of(a.proxy.open_wait({"combine",
+                                    "rank 0",
+                                    {{{&others[0], &others[1]}, ~0u, "rank 2", &alive},
+                                     {{&words[0], &words[1]}, peer, "rank 1", &beat}},
+                                    {}}));
+    Gpu gpu(a.proxy, {.num_slots = 8, .num_words = 2, .silent_s = 0.3});
+    CHECK(gpu.arm(wait, 3) == kWaitOk && gpu.wait() == kWaitOk, "both came before");
+    CHECK(gpu.arm(wait, 4) == kWaitOk);
+    for (int i = 0; i < 10; ++i, nap(0.04)) word_at(alive).fetch_add(16);
+    CHECK(load(gpu.word(0).ended) == 0, "rank 2 is late, but lives");
+    const auto start = Clock::now();
+    word_at(others[0]).store(4, std::memory_order_release);
+    CHECK(gpu.wait() == kWaitLost, "rank 1 is never waited for to the deadline");
+    const double seconds = seconds_since(start);
+    const std::string text = gpu.ring->fault().text();
+    CHECK(seconds >= one.least_s && seconds < one.least_s + 2.0,
+          std::to_string(seconds) + " s: " + text);
+    CHECK(gpu.ring->fault().code() == Code::kPeerLost && text.find(one.text) != text.npos, text);
+    CHECK(text.find(" for rank 1: not complete; 1 of 1 other") != text.npos, text);
+    a.proxy.close_channel(wait);
+  }
+}
+
 // --- the end -------------------------------------------------------------------------------------
 
 void detach_while_armed() {
@@ -533,6 +574,7 @@ int main(int argc, char** argv) {
        {"a_wait_for_own_writes", a_wait_for_own_writes},
        {"a_source_that_never_comes_is_a_timeout", a_source_that_never_comes_is_a_timeout},
        {"a_lost_source_ends_the_wait_at_once", a_lost_source_ends_the_wait_at_once},
+       {"a_source_whose_heart_stopped_is_lost", a_source_whose_heart_stopped_is_lost},
        {"detach_while_armed", detach_while_armed},
        {"stop_while_armed", stop_while_armed},
        {"an_exchange_by_device_code_alone", an_exchange_by_device_code_alone}});

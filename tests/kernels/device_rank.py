@@ -119,7 +119,7 @@ class Rank:
             ]
             self.rows[r], self.releases[r] = channels
         me = f"rank {rank}"
-        sources = lambda table: [(at(table, r), peers[r], f"rank {r}") for r in range(R)]  # noqa: E731
+        sources = lambda table: [(at(table, r), peers[r], f"rank {r}", 0) for r in range(R)]  # noqa: E731
         self.wait = {
             "credits": self.native.open_wait("credits", me, sources(self.released), list(self.rows.values())),
             "dispatch": self.native.open_wait("dispatch", me, sources(self.came), []),

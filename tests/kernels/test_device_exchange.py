@@ -115,7 +115,7 @@ def test_stream_waits(device):
         engine.device_ring(device, num_words=4, timeout_s=5.0) as ring,
     ):
         late = engine.native.open_wait(
-            "dispatch", "rank 0", [(came.data_ptr(), -1, "rank 1 (node 1)")], []
+            "dispatch", "rank 0", [(came.data_ptr(), -1, "rank 1 (node 1)", 0)], []
         )
         assert ring.status(0) is None
         came[1] = 7
@@ -147,7 +147,7 @@ def test_the_end_of_a_ring(device):
         with pytest.raises(ArgumentError, match="word: expected 0 to 1, got 2"):
             ring.status_address(2)
         came = torch.zeros(2, dtype=torch.int64)
-        sources = [(came.data_ptr(), -1, "rank 1")]
+        sources = [(came.data_ptr(), -1, "rank 1", 0)]
         never = engine.native.open_wait("dispatch", "rank 0", sources, [])
         ring.arm(never, 4)
         ring.close()
