@@ -177,7 +177,10 @@ def commands(transport: str, interface: str, seconds: float) -> dict[str, list[s
         HERE / "engine_pingpong.cpp",
         *(
             CSRC / f"{name}.cpp"
-            for name in ("engine", "proxy", "proxy_calls", "memory", "topology")
+            for name in (
+                *("engine", "proxy", "proxy_calls", "proxy_rings", "mapped_ring"),
+                *("memory", "topology"),
+            )
         ),
     ]
     sources += sorted((CSRC / "backends").glob("*.cpp"))

@@ -17,13 +17,13 @@ import argparse
 import ctypes
 import json
 import statistics
-import subprocess
-import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
 
+import moe_comm
 from moe_comm.kernels import CUDA, TORCH, TRITON, cuda, fused
 from moe_comm.layout import RowFormat
 
@@ -297,86 +297,129 @@ def sweep(on: Device) -> dict:
     return found
 
 
-def ring(on: Device) -> dict:
-    """push → a host thread that takes as the proxy does → a word in pinned memory → seen. Not through an engine."""
-    if on.dry:
-        return {"not measured": "needs a GPU"}
+WORD, NUMBER = fused.WORD, ctypes.c_uint32
+PROBES = {
+    "moe_comm_round_trip": (fused.DeviceRing, NUMBER, *(WORD,) * 5),
+    "moe_comm_push_many": (fused.DeviceRing, NUMBER, WORD, WORD),
+    "moe_comm_arm_at": (fused.DeviceRing, NUMBER, NUMBER, *(WORD,) * 3),
+    "moe_comm_stamp": (WORD,) * 3,
+}  # of ring_probe.cu
+
+
+def compile_probes(arch: str) -> bytes:
     nvrtc = cuda._nvrtc()
     source = (HERE / "ring_probe.cu").read_text()
     program = nvrtc.createProgram(source, "ring_probe.cu", (), ())
-    arch = cuda.architecture(torch.cuda.get_device_capability(0))
-    nvrtc.compileProgram(
-        program, (*cuda.OPTIONS, f"--gpu-architecture={arch}", f"--include-path={cuda.HERE}")
-    )
-    code = nvrtc.getCUBIN(program)
-    word = ctypes.c_uint64
-    fused.KERNELS["moe_comm_round_trip"] = ("", (fused.DeviceRing, *(word,) * 5))
-    fused.KERNELS["moe_comm_push_many"] = ("", (fused.DeviceRing, word, word))
-    torch.zeros(1, device="cuda")
+    options = (*cuda.OPTIONS, f"--gpu-architecture={arch}", f"--include-path={cuda.HERE}")
+    try:
+        nvrtc.compileProgram(program, options)
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(nvrtc.getProgramLog(program)) from error
+    code: bytes = nvrtc.getCUBIN(program)
+    return code
+
+
+def load_probes() -> None:
     driver, module = fused.driver(), ctypes.c_void_p()
-    driver._call("cuModuleLoadData", ctypes.byref(module), code)
-    for kernel in ("moe_comm_round_trip", "moe_comm_push_many"):
+    code = compile_probes(cuda.architecture(torch.cuda.get_device_capability(0)))
+    driver.call("cuModuleLoadData", ctypes.byref(module), code)
+    for kernel, types in PROBES.items():
         function = ctypes.c_void_p()
-        driver._call("cuModuleGetFunction", ctypes.byref(function), module, kernel.encode())
+        driver.call("cuModuleGetFunction", ctypes.byref(function), module, kernel.encode())
+        fused.KERNELS[kernel] = "", types
         driver._functions[kernel, 0] = function
-    with tempfile.TemporaryDirectory() as directory:
-        path = f"{directory}/ring_probe.so"
-        subprocess.run(
-            ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", str(HERE / "ring_probe.cpp"), "-o", path],
-            check=True,
-        )  # fmt: skip
-        host = ctypes.CDLL(path)
-    found = {}
-    count = 2000
-    for name, blocks in (("round trip", 1), ("commands", 64)):
-        slots = torch.zeros(4096, 2, dtype=torch.int64, pin_memory=True)
-        control = torch.zeros(
-            32, dtype=torch.int64, pin_memory=True
-        )  # RingControl: taken_until at byte 64
-        answer, abort = (torch.zeros(1, dtype=torch.int64, pin_memory=True) for _ in range(2))
-        tickets = torch.zeros(2, dtype=torch.int64, device="cuda")
-        clocks, span = (torch.zeros(n, dtype=torch.int64, device="cuda") for n in (count, 2))
-        status = torch.full((1,), 9 if blocks == 1 else 0, dtype=torch.int32, device="cuda")
-        at = control.data_ptr() + -control.data_ptr() % 64
-        made = fused.DeviceRing(
-            slots=slots.data_ptr(), reserved=tickets.data_ptr(), taken_seen=tickets[1:].data_ptr(), taken=at + 64,
-            abort_word=abort.data_ptr(), num_slots=4096, timeout_ns=5 * 10**9,
-        )  # fmt: skip
+
+
+class Probe:
+    """An engine with a ring of this device, a wait for nothing, and a channel whose commands come to nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.engine = moe_comm.TransferEngine("shm")
+        native = self.engine.native
+        self.ring = self.engine.device_ring(device, timeout_s=5.0)
+        self.wait = native.open_wait("probe", "rank 0", [], [])
+        memory = self.engine.empty(4096, torch.uint8)
+        region = native.register(memory.data_ptr(), memory.nbytes)
+        peer = native.connect(native.address)
+        self.channel = native.open_channel(peer, region, native.describe(region), 0)
+        native.close_channel(self.channel)
+
+    def close(self) -> dict[str, int]:
+        self.ring.raise_fault()
+        stats = self.ring.stats()
+        self.ring.close()
+        self.engine.close()
+        return stats
+
+
+def ring(on: Device) -> dict:
+    """A kernel's question, the proxy's answer, by a DeviceRing of a TransferEngine over shm.
+
+    round trip: armed, taken, ended and seen, all in one kernel. commands: of 64 blocks, each taken and dropped.
+    armed wait: from the push to the start of the kernel behind the stream wait, by the GPU's clock of nanoseconds.
+    """
+    if on.dry:
+        return {
+            "not measured": "needs a GPU",
+            "probes": probes_compile(),
+            "engine": Probe(on.device).close(),
+        }
+    torch.zeros(1, device="cuda")
+    load_probes()
+    found: dict = {}
+    count, blocks = 2000, 64
+    clocks, span = (torch.zeros(n, dtype=torch.int64, device="cuda") for n in (count, 2))
+    status = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def launch(kernel, *arguments, num_blocks=1):
+        fused.launch(kernel, *arguments, device=on.device, num_blocks=num_blocks)
+
+    def settle(what: str) -> None:
         torch.cuda.synchronize()
-        host.start(word(at), word(slots.data_ptr()), ctypes.c_uint32(4096), word(answer.data_ptr()))
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        if blocks == 1:
-            fused.launch(
-                "moe_comm_round_trip", made, answer, count, clocks, span, status, device=on.device, num_blocks=1
-            )  # fmt: skip
-        else:
-            fused.launch(
-                "moe_comm_push_many", made, count, status, device=on.device, num_blocks=blocks
-            )
-        end.record()
-        torch.cuda.synchronize()
-        host.stop()
-        assert int(status) == 0, f"{name}: wait status {int(status)}"
-        if blocks == 1:
-            scale = int(span[0]) / int(span[1]) / 1e3
-            found[name] = figure([scale * c for c in clocks[100:].tolist()])
-            found[name]["p50_us"] = found[name]["median_us"]
-        else:
-            found[name] = {
-                "per_s": 1e3 * blocks * count / begin.elapsed_time(end),
-                "blocks": blocks,
-            }
-    found["armed wait"] = {"not measured": "no stream wait is armed by the proxy yet"}
+        assert int(status) == 0, f"{what}: wait status {int(status)}"
+
+    probe = Probe(on.device)
+    struct, wait, word = probe.ring.struct, probe.wait, probe.ring.word_address
+    launch("moe_comm_round_trip", struct, wait, word(), count, clocks, span, status)
+    settle("round trip")
+    scale = int(span[0]) / int(span[1]) / 1e3
+    found["round trip"] = figure([scale * c for c in clocks[100:].tolist()])
+    found["round trip"]["p50_us"] = found["round trip"]["median_us"]
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    launch("moe_comm_push_many", struct, probe.channel, count, status, num_blocks=blocks)
+    end.record()
+    settle("commands")
+    found["commands"] = {
+        "per_s": 1e3 * blocks * count / begin.elapsed_time(end), "blocks": blocks,
+    }  # fmt: skip
+
+    repeats, stamps = 200, torch.zeros(200, 2, dtype=torch.int64, device="cuda")
+    for i in range(repeats):
+        launch("moe_comm_arm_at", struct, wait, 1, word(1), stamps[i], status)
+        probe.ring.stream_wait(1)
+        launch("moe_comm_stamp", word(1), stamps[i, 1:], status)
+    settle("armed wait")
+    times = [1e-3 * int(t) for t in (stamps[20:, 1] - stamps[20:, 0]).tolist()]
+    found["armed wait"] = figure(times)
+    found["armed wait"]["without the round trip"] = (
+        found["armed wait"]["median_us"] - found["round trip"]["median_us"]
+    )
+    found["proxy"] = probe.close()
     return found
+
+
+def probes_compile() -> str:
+    try:
+        sizes = {arch: len(compile_probes(arch)) for arch in ("sm_80", "sm_90a", "sm_100a")}
+    except ImportError as error:
+        return f"not compiled: {error}"
+    return ", ".join(f"{arch}: {size} bytes" for arch, size in sizes.items())
 
 
 def staged(on: Device) -> dict:
     """moe_comm.Buffer, four ranks as threads of one process on one GPU: host call to the end of the last copy."""
-    import threading
-
-    import moe_comm
-
     num_ranks, found = 4, {}
     groups = moe_comm.EPGroup.threads(num_ranks)
     for num_tokens in (128, 4096):

@@ -32,6 +32,9 @@ constexpr uint32_t kHeaderBytes = 256;      // in front of the counts and rows o
 constexpr uint32_t kHeaderTextBytes = 160;  // an error's text, cut, zero-terminated
 constexpr uint32_t kNumBanks = 2;           // every window exists twice: even and odd epochs
 
+using Counter =
+    uint64_t;  // monotonic; holds an epoch or a count; written by one agent, never reset
+
 // --- the ring ------------------------------------------------------------------------------------
 
 // NOTE [command layout] One transfer wanted by a GPU or CPU kernel: H2.
@@ -75,6 +78,46 @@ MOE_COMM_HOST_DEVICE inline Transfer unpack_command(const Command& c) {
   return t;
 }
 
+// NOTE [arm layout] A wait that a kernel arms, in the same ring and with the same lap bits. Its
+// channel number stands for a set of sources (Proxy::open_wait), so no bit has to tell it apart.
+//   word 0:  lap 1 · channel 15 · which of the ring's words 32 · epoch, bits 0 to 15
+//   word 1:  lap 1 · milliseconds 31 (0: the ring's limit) · epoch, bits 16 to 47
+struct Arm {  // a Command, unpacked
+  uint32_t channel;
+  uint32_t word_idx;
+  uint64_t epoch;  // modulo 2^48
+  uint32_t timeout_ms;
+};
+
+MOE_COMM_HOST_DEVICE inline Command pack_command(const Arm& a, uint32_t lap) {
+  const uint64_t lap_bit = static_cast<uint64_t>(lap & 1u) << 63;
+  Command c;
+  c.word0 = lap_bit | (static_cast<uint64_t>(a.channel & 0x7fffu) << 48) |
+            (static_cast<uint64_t>(a.word_idx) << 16) | (a.epoch & 0xffffu);
+  c.word1 = lap_bit | (static_cast<uint64_t>(a.timeout_ms & 0x7fffffffu) << 32) |
+            (a.epoch >> 16 & 0xffffffffull);
+  return c;
+}
+
+MOE_COMM_HOST_DEVICE inline Arm unpack_arm(const Command& c) {
+  Arm a;
+  a.channel = static_cast<uint32_t>(c.word0 >> 48) & 0x7fffu;
+  a.word_idx = static_cast<uint32_t>(c.word0 >> 16);
+  a.epoch = (c.word1 & 0xffffffffull) << 16 | (c.word0 & 0xffffu);
+  a.timeout_ms = static_cast<uint32_t>(c.word1 >> 32) & 0x7fffffffu;
+  return a;
+}
+
+enum WaitStatus : uint32_t { kWaitOk = 0, kWaitTimeout = 1, kWaitAborted = 2, kWaitLost = 3 };
+
+// What an armed wait ends with, in host memory that a GPU polls. The kernel that arms clears
+// `ended`; whoever ends the wait stores `status`, then `ended` = 1, each by a release store (H5). A
+// stream wait for `ended`, then the next kernel, which reads `status` before anything else (H6).
+struct ArmedWord {
+  Counter ended;
+  uint64_t status;  // WaitStatus
+};
+
 // What a device needs to push: kernels/ring.cuh. Tickets are handed out in device memory, so a ring
 // has producers of one kind only; the consumer is csrc/ring.hpp's, on `slots` and the word `taken`.
 struct DeviceRing {
@@ -86,8 +129,6 @@ struct DeviceRing {
   uint64_t num_slots;
   uint64_t timeout_ns;  // of one wait for room
 };
-
-enum WaitStatus : uint32_t { kWaitOk = 0, kWaitTimeout = 1, kWaitAborted = 2 };
 
 // --- the immediate -------------------------------------------------------------------------------
 
@@ -169,9 +210,6 @@ struct Header {
 // --- words a GPU or a CPU thread waits for
 // --------------------------------------------------------
 
-using Counter =
-    uint64_t;  // monotonic; holds an epoch or a count; written by one agent, never reset
-
 // NOTE [heartbeat word] count · 4 | state. Written by the rank itself (into its own control block,
 // and into the one of each link peer), so a reader learns in one load whether it lives and whether
 // it said goodbye or gave up. The word behind it (the blame word) holds 1 + the rank that it gave
@@ -180,7 +218,7 @@ using Counter =
 enum RankState : uint64_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Command) == 16);
+static_assert(sizeof(Command) == 16 && sizeof(ArmedWord) == 16 && offsetof(ArmedWord, status) == 8);
 static_assert(sizeof(DeviceRing) == 56);
 static_assert(sizeof(Immediate) == 4);
 static_assert(sizeof(Agreed) == 40);

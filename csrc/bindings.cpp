@@ -2,6 +2,8 @@
 // that throws.
 //
 // Imports without torch: tensors come as addresses, descriptors and addresses of peers as bytes.
+#include "bindings.hpp"
+
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -18,10 +20,6 @@
 
 namespace py = pybind11;
 using namespace moe_comm;  // NOLINT: one file, all of it glue
-
-namespace moe_comm {
-void bind_rows(py::module_& m);  // bindings_rows.cpp
-}
 
 namespace {
 
@@ -40,7 +38,11 @@ PyObject* add_exception(py::module_& m, const char* name, const char* doc,
   return type;
 }
 
-[[noreturn]] void raise(const Status& status) {
+}  // namespace
+
+namespace moe_comm {
+
+void raise(const Status& status) {
   PyObject* type = exceptions.base;
   switch (status.code()) {
     case Code::kInvalid:
@@ -72,28 +74,19 @@ PyObject* add_exception(py::module_& m, const char* name, const char* doc,
   throw py::error_already_set();
 }
 
-void check(const Status& status) {
-  if (!status.ok()) raise(status);
-}
-template <typename T>
-T check(Result<T> result) {
-  if (!result.ok()) raise(result.status());
-  return std::move(result.value());
-}
-template <typename F>
-auto unlocked(F&& function) {
-  py::gil_scoped_release release;
-  return function();
-}
-
-py::bytes to_bytes(std::span<const std::byte> bytes) {
-  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-}
 std::vector<std::byte> from_bytes(const py::bytes& bytes) {
   const std::string_view view = bytes;
   std::vector<std::byte> out(view.size());
   std::memcpy(out.data(), view.data(), view.size());
   return out;
+}
+
+}  // namespace moe_comm
+
+namespace {
+
+py::bytes to_bytes(std::span<const std::byte> bytes) {
+  return py::bytes(reinterpret_cast<const char*>(bytes.data()), bytes.size());
 }
 using NameTuple = std::tuple<int64_t, int64_t, uint64_t, uint64_t>;
 NameTuple to_tuple(const SegmentName& n) { return {n.pid, n.fd, n.inode, n.num_bytes}; }
@@ -382,7 +375,9 @@ void bind_engine(py::module_& m) {
                                static_cast<py::ssize_t>(self.segment.bytes().size()));
       });
   using Self = Engine;
-  py::class_<Self>(m, "Engine")
+  py::class_<Self> engine(m, "Engine");
+  bind_rings(m, engine);
+  engine
       .def(py::init([](const std::string& transport, const std::string& interface, uint64_t secret,
                        uint64_t shard_bytes, uint64_t chaos_seed, const std::string& gpu) {
              EngineOptions options{transport, interface, secret, shard_bytes, chaos_seed, gpu};

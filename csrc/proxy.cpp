@@ -14,6 +14,7 @@ constexpr double kIdleSleep = 0.1;     // seconds; bounds how long a heartbeat c
 constexpr double kNapSleep = 0.001;    // where a transport has no wait fd
 constexpr double kParkedNap = 0.0025;  // there, after kNapsUntilParked in which nothing came
 constexpr uint32_t kNapsUntilParked = 500;
+constexpr double kRingNap = 0.00005;          // while GPUs may push: they cannot wake it
 constexpr double kAsideNap = 0.0001;          // while others take the turns
 constexpr uint64_t kPostedAtOnce = 16 << 10;  // bytes that whoever pushes them posts itself
 constexpr double kDrainTimeout = 5.0;         // seconds stop() waits for writes in flight
@@ -72,7 +73,7 @@ void Proxy::wake() {
 void Proxy::body() noexcept {
   pthread_setname_np(pthread_self(), "moe_comm:proxy");
   Backoff backoff;
-  Clock::time_point stopping{};
+  Clock::time_point stopping{}, busy{};
   while (true) {
     const bool stop = stop_.load(std::memory_order_acquire);  // before the last look at what is due
     while (turn_wanted_.load(std::memory_order_relaxed) > 0) sched_yield();
@@ -84,13 +85,16 @@ void Proxy::body() noexcept {
       if ((drained && !progress) || seconds_since(stopping) > kDrainTimeout) break;
     }
     lock.unlock();
+    const bool has_rings = num_rings_.load(std::memory_order_relaxed) > 0;
     if (progress) {
       backoff.reset();
       naps_ = 0;
+      if (has_rings) busy = Clock::now();
     }
     if (!stop && (helping_.load(std::memory_order_relaxed) > 0 || helped_.exchange(false))) {
       step_aside();
-    } else if (backoff.should_sleep()) {
+    } else if (backoff.should_sleep() &&
+               !(has_rings && seconds_since(busy) < options_.ring_spin_s)) {
       sleep();
     } else if (!progress) {
       backoff.step();
@@ -102,6 +106,8 @@ void Proxy::body() noexcept {
   for (auto& function : functions_) function();  // nobody is left waiting
   functions_.clear();
   const Status closed(Code::kClosed, "the engine is closed");
+  for (const auto& ring : rings_) ring->fail(closed);
+  rings_.clear();
   for (uint32_t peer = 0; peer < peers_.size(); ++peer) lose(peer, closed);
   for (Write& write : in_flight_) {
     if (write.operation) finish(write, closed);
@@ -110,6 +116,8 @@ void Proxy::body() noexcept {
 
 bool Proxy::turn() {
   bool progress = take_commands();
+  if (!rings_.empty()) [[unlikely]]
+    progress |= serve_rings();
   progress |= run_functions();
   progress |= post_pending();
   progress |= poll_transport(false);
@@ -392,7 +400,11 @@ void Proxy::sleep() {
     const bool nap = !with_pending_.empty() ||
                      (wait_fd < 0 && (!peers_.empty() || stats_.immediates.load() > 0));
     double seconds = std::min(kIdleSleep, options_.heartbeat_s * 2);
-    if (nap) seconds = naps_++ < kNapsUntilParked ? kNapSleep : kParkedNap;
+    if (!rings_.empty()) {
+      seconds = naps_++ < kNapsUntilParked || rings_wait() ? kRingNap : kNapSleep;
+    } else if (nap) {
+      seconds = naps_++ < kNapsUntilParked ? kNapSleep : kParkedNap;
+    }
     const timespec limit{0, static_cast<long>(seconds * 1e9)};
     stats_.sleeps.fetch_add(1, std::memory_order_relaxed);
     lock.unlock();
@@ -409,8 +421,8 @@ bool Proxy::has_work(const std::unique_lock<std::mutex>& turn) {
   (void)turn;
   sleeping_.store(true, std::memory_order_relaxed);
   std::atomic_thread_fence(std::memory_order_seq_cst);  // pairs with the fence in wake()
-  return !consumer_.empty() || has_functions_.load(std::memory_order_acquire) ||
-         stop_.load(std::memory_order_acquire);
+  return !consumer_.empty() || rings_have_commands() ||
+         has_functions_.load(std::memory_order_acquire) || stop_.load(std::memory_order_acquire);
 }
 
 void Proxy::awake() {

@@ -1,10 +1,11 @@
 // The proxy: one host thread that drives the transports of a rank. ring -> post -> poll ->
 // counters.
 //
-// Others reach it in three ways: the command ring (transfers wanted by kernels; no lock, H2),
-// submit() (user writes), and run() (register, connect, ...). It spins, then yields, then sleeps on
-// an event, so that four ranks on two cores do not starve each other. Each peer has its own pending
-// list: one stalled peer never stops the others. In the steady state its loop allocates nothing.
+// Others reach it in three ways: command rings (its own for the CPU's exchange, attached ones for
+// GPUs; no lock, H2), submit() (user writes), and run() (register, connect, ...). It spins, then
+// yields, then sleeps on an event, so that four ranks on two cores do not starve each other. Each
+// peer has its own pending list: one stalled peer never stops the others. In the steady state its
+// loop allocates nothing.
 //
 // NOTE [turns] One pass of that loop is a *turn*, and whoever holds turn_mutex_ may take one: the
 // transport is used by one thread at a time. A thread that waits for the proxy takes turns itself
@@ -21,6 +22,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -29,6 +31,7 @@
 
 #include "abi.hpp"
 #include "counter.hpp"
+#include "mapped_ring.hpp"
 #include "memory.hpp"
 #include "ring.hpp"
 #include "status.hpp"
@@ -42,6 +45,8 @@ struct ProxyOptions {
       0;  // split messages into writes of at least this many bytes; 0: only where they must be
   double heartbeat_s = 0.05;  // how often the heartbeat words are bumped
   double beat_write_s = 1.0;  // how often they are written to link peers
+  double ring_spin_s =
+      0.002;  // no sleep so soon after the last event while GPUs' rings are attached
 };
 
 // A user's write, possibly several work requests. Ends once: with ok, or with the first error.
@@ -72,6 +77,7 @@ struct Channel {
   Counter* sent[kNumBanks] = {
       nullptr, nullptr};  // messages of this bank whose local bytes may be reused, or null
   Doorbell* bell = nullptr;
+  std::shared_ptr<const void> keep{};  // whatever `local` needs
 };
 
 // A heartbeat word and where it is written to.
@@ -112,6 +118,12 @@ class Proxy {
   void close_channel(uint32_t channel);
   Result<uint32_t> open_row(RowTarget target, uint64_t first_epoch);
   void close_row(uint32_t row);
+  // --- rings of GPUs: proxy_rings.cpp
+  Status attach(const std::shared_ptr<MappedRing>& ring);
+  void detach(const std::shared_ptr<MappedRing>& ring);  // ends what is armed; its memory stays
+  // The channel number that an Arm names; the words of its sources outlive it.
+  Result<uint32_t> open_wait(Wait wait);
+  // ---
   uint64_t add_heartbeat(Heartbeat heartbeat);
   void remove_heartbeat(uint64_t id);
   // Writes every heartbeat to its targets at once: a state changed. Null if there is none.
@@ -164,6 +176,8 @@ class Proxy {
     bool open = false;
     uint32_t unsent[kNumBanks] = {0, 0};     // writes not yet completed
     uint64_t completed[kNumBanks] = {0, 0};  // messages
+    bool is_wait = false;                    // what the number stands for; then never open
+    std::unique_ptr<Wait> wait{};            // until it is closed
   };
   static constexpr uint32_t kNoChannel = ~0u;
   static constexpr uint32_t kRingSlots = 4096;
@@ -174,6 +188,19 @@ class Proxy {
   bool hand_over(std::function<void()> function);  // for the next turn; false: has ended
   void step_aside();
   bool take_commands();
+  bool serve_rings();
+  bool take_commands(MappedRing& ring, Clock::time_point now);
+  Status begin(MappedRing& ring, const Command& command, Clock::time_point now);
+  bool look_at_waits(MappedRing& ring, Clock::time_point now);
+  std::optional<WaitStatus> look_at(MappedRing::Armed& armed, const RingOptions& options,
+                                    Clock::time_point now, Status& why);
+  std::string why_lost(const WaitSource& source, MappedRing::Armed& armed,
+                       const RingOptions& options, Clock::time_point now) const;
+  std::string describe(const Wait& wait, const MappedRing::Armed& armed, Clock::time_point now,
+                       const std::string& missing) const;
+  void look_over(MappedRing& ring, Clock::time_point now);
+  bool rings_have_commands() const;
+  bool rings_wait() const;
   bool run_functions();
   bool post_pending();
   uint32_t count_postable() const;
@@ -192,10 +219,11 @@ class Proxy {
 
   std::mutex turn_mutex_;  // NOTE [turns]
   std::atomic<uint32_t> turn_wanted_{
-      0};                             // threads that wait for it; the proxy's lets them go first
-  std::atomic<uint32_t> helping_{0};  // threads in help()
-  std::atomic<bool> helped_{false};   // with success, a moment ago
-  bool armed_ = false;                // the proxy's thread sleeps until the transport wakes it
+      0};                               // threads that wait for it; the proxy's lets them go first
+  std::atomic<uint32_t> helping_{0};    // threads in help()
+  std::atomic<bool> helped_{false};     // with success, a moment ago
+  std::atomic<uint32_t> num_rings_{0};  // of rings_, for the proxy's thread between turns
+  bool armed_ = false;                  // the proxy's thread sleeps until the transport wakes it
 
   // From here to the heartbeats, all but options_ and producer_ belongs to the turn's holder.
   std::unique_ptr<Transport> transport_;
@@ -203,6 +231,7 @@ class Proxy {
   HostRing ring_{kRingSlots};
   RingProducer producer_{ring_.producer()};
   RingConsumer consumer_{ring_.consumer()};
+  std::vector<std::shared_ptr<MappedRing>> rings_;
   RowTable rows_;
   mutable std::mutex peers_mutex_;  // growing peers_ against readers on other threads
   std::deque<Peer> peers_;          // stable addresses

@@ -123,7 +123,9 @@ Result<uint32_t> Proxy::open_channel(Channel channel) {
 
 void Proxy::close_channel(uint32_t channel) {
   run([&] {
+    if (channel >= channels_.size()) return;
     channels_[channel].open = false;
+    channels_[channel].wait.reset();  // what is armed with it ends
     for (Peer& peer : peers_) {
       std::erase_if(peer.pending, [&](const Write& w) { return w.channel == channel; });
     }

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "abi.hpp"
 
@@ -57,16 +58,37 @@ class RingConsumer {
 
   bool empty() const { return !both_words_there(slots_[next_ & mask_]); }
   std::optional<Transfer> take() {
+    const auto command = take_command();
+    if (!command) return std::nullopt;
+    return unpack_command(*command);
+  }
+  std::optional<Command> take_command() {
     Command& slot = slots_[next_ & mask_];
     if (!both_words_there(slot)) return std::nullopt;
     const Command command{std::atomic_ref(slot.word0).load(std::memory_order_relaxed),
                           std::atomic_ref(slot.word1).load(std::memory_order_relaxed)};
     ++next_;
     std::atomic_ref(control_->taken_until).store(next_, std::memory_order_release);
-    return unpack_command(command);
+    return command;
+  }
+  uint64_t next() const { return next_; }  // the ticket that is taken next
+  // Only one word of the next command is there.
+  bool torn() const { return there(next_).first != there(next_).second; }
+  // A command behind the next one is there.
+  bool overtaken() const {
+    for (uint64_t ticket = next_ + 1; ticket - next_ <= mask_; ++ticket) {
+      if (const auto [word0, word1] = there(ticket); word0 && word1) return true;
+    }
+    return false;
   }
 
  private:
+  std::pair<bool, bool> there(uint64_t ticket) const {
+    Command& slot = slots_[ticket & mask_];
+    const uint64_t lap = (ticket / (mask_ + 1) + 1) & 1;
+    return {std::atomic_ref(slot.word0).load(std::memory_order_acquire) >> 63 == lap,
+            std::atomic_ref(slot.word1).load(std::memory_order_acquire) >> 63 == lap};
+  }
   bool both_words_there(
       Command& slot) const {  // H2: acquire, then the rows behind the command can be read
     const uint64_t lap = (next_ / (mask_ + 1) + 1) & 1;

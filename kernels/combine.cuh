@@ -36,6 +36,7 @@ struct Arguments {
   uint64_t* arrived;  // [2] zero before and after
   uint64_t* status;   // WaitStatus of the first push that failed
   DeviceRing ring;
+  const uint64_t* waited;  // status of the armed wait before it, or null
 };
 
 #ifdef __CUDACC__
@@ -172,6 +173,7 @@ MOE_COMM_DEVICE inline bool sum_groups(Block& block, const Arguments& a, const G
 
 template <class Type, class Block>
 MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
+  if (!dispatch::came(block, a.waited)) return;
   if (sum_groups<Type>(block, a, a.groups, a.num_links, a.arrived)) {
     for (uint64_t l = block.thread(); l < a.num_links; l += block.num_threads()) {
       dispatch::push_link(block, a.ring, a.links[l], a.epoch, a.groups[l].num_rows * a.row_bytes,
@@ -186,7 +188,7 @@ MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Arguments) == 18 * 8 + sizeof(DeviceRing) && sizeof(Group) == 32);
+static_assert(sizeof(Arguments) == 19 * 8 + sizeof(DeviceRing) && sizeof(Group) == 32);
 #endif
 
 }  // namespace moe_comm::combine

@@ -47,10 +47,12 @@ struct Arguments {
   uint64_t* arrived;  // [2] zero before and after
   uint64_t* status;   // WaitStatus of the first push that failed; kWaitOk before
   DeviceRing ring;
+  const uint64_t* waited;  // status of the armed wait before it, or null: no bank is free behind
+                           // one that failed
 };
 
 #ifdef __CUDACC__
-struct Cta : ring::Device {
+struct Cta : device::Device {
   __device__ uint64_t index() const { return blockIdx.x; }
   __device__ uint64_t num_blocks() const { return gridDim.x; }
   __device__ uint64_t thread() const { return threadIdx.x; }
@@ -108,6 +110,12 @@ MOE_COMM_DEVICE inline void pack_token(const Block& block, const Arguments& a, u
   }
 }
 
+// Whether the armed wait before this kernel ended well.
+template <class Block>
+MOE_COMM_DEVICE inline bool came(Block& block, const uint64_t* waited) {
+  return waited == nullptr || block.load_acquire(waited) == kWaitOk;  // H6
+}
+
 // True in every thread of the block that came here last: then everything all blocks stored happens
 // before what its threads do next.
 template <class Block>
@@ -124,7 +132,7 @@ MOE_COMM_DEVICE inline void push_link(Block& block, const DeviceRing& ring, cons
                                       uint64_t epoch, uint64_t num_bytes, uint64_t* status) {
   const Transfer transfer{static_cast<uint32_t>(link.channel), static_cast<uint32_t>(epoch),
                           link.local_offset, link.remote_offset, link.head_bytes + num_bytes};
-  const WaitStatus pushed = ring::push(block, ring, transfer);
+  const WaitStatus pushed = device::push(block, ring, transfer);
   if (pushed != kWaitOk) block.store_release(status, pushed);
 }
 
@@ -141,6 +149,7 @@ MOE_COMM_DEVICE inline bool pack_tokens(Block& block, const Arguments& a, const 
 
 template <class Block>
 MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
+  if (!came(block, a.waited)) return;
   if (pack_tokens(block, a, a.lanes, a.num_links, a.arrived)) {
     for (uint64_t l = block.thread(); l < a.num_links; l += block.num_threads()) {
       const uint32_t lane = a.lanes[l];
@@ -156,7 +165,7 @@ MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Arguments) == 30 * 8 + sizeof(DeviceRing) && sizeof(Link) == 32);
+static_assert(sizeof(Arguments) == 31 * 8 + sizeof(DeviceRing) && sizeof(Link) == 32);
 #endif
 
 }  // namespace moe_comm::dispatch

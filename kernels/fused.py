@@ -59,19 +59,21 @@ class Send(Struct):  # dispatch.cuh: Arguments
             "row_bytes windows lanes num_links num_local links commits epoch arrived status"
         ),
         ("ring", DeviceRing),
+        ("waited", WORD),
     ]
 
 
 class Forward(Struct):  # receive.cuh
     _fields_ = _words(
-        "rows num_rows row_bytes table node_ranks starts windows words num_words epoch arrived"
+        "rows num_rows row_bytes table node_ranks starts windows words num_words epoch arrived "
+        "waited"
     )
 
 
 class Unpack(Struct):  # receive.cuh
     _fields_ = _words(
         "rows num_rows row_bytes payload_bytes positions num_positions out_x out_scales scales_at scale_bytes words "
-        "num_words epoch arrived"
+        "num_words epoch arrived waited"
     )
 
 
@@ -82,12 +84,13 @@ class Combine(Struct):  # combine.cuh: Arguments
             "num_local links row_bytes commits epoch arrived status"
         ),
         ("ring", DeviceRing),
+        ("waited", WORD),
     ]
 
 
 KERNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "moe_comm_push": ("ring", (DeviceRing, WORD, WORD)),
-    "moe_comm_arm": ("ring", (DeviceRing, ctypes.c_uint32, ctypes.c_uint32, WORD, ctypes.c_uint32, WORD)),
+    "moe_comm_arm": ("ring", (DeviceRing, *(ctypes.c_uint32,) * 2, WORD, ctypes.c_uint32, WORD, WORD)),
     "moe_comm_wait": ("ring", (WORD,) * 5),
     "moe_comm_dispatch_send": ("dispatch", (Send,)),
     "moe_comm_dispatch_forward": ("dispatch", (Forward,)),
@@ -110,7 +113,8 @@ class Driver:
             raise ImportError(f"CUDA kernels: expected an NVIDIA driver: {error}") from error
         self._functions: dict[tuple[str, int], ctypes.c_void_p] = {}
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def call(self, name: str, *arguments: Any) -> None:
+        """Raises RuntimeError with the driver's text."""
         code = getattr(self._library, name)(*arguments)
         if code:
             text = ctypes.c_char_p()
@@ -125,10 +129,23 @@ class Driver:
             arch = cuda.architecture(torch.cuda.get_device_capability(device))
             code = cuda.cubin(KERNELS[kernel][0], arch)
             module, found = ctypes.c_void_p(), ctypes.c_void_p()
-            self._call("cuModuleLoadData", ctypes.byref(module), code)
-            self._call("cuModuleGetFunction", ctypes.byref(found), module, kernel.encode())
+            self.call("cuModuleLoadData", ctypes.byref(module), code)
+            self.call("cuModuleGetFunction", ctypes.byref(found), module, kernel.encode())
             self._functions[kernel, device] = found
         return found
+
+    def attribute(self, number: int, device: int) -> int:
+        """A CU_DEVICE_ATTRIBUTE."""
+        value = ctypes.c_int()
+        self.call(
+            "cuDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(number), ctypes.c_int(device)
+        )
+        return value.value
+
+    def stream_wait(self, address: int, least: int, device: int) -> None:
+        """The current stream of the current device, which is `device`, waits for a word >= `least`."""
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        self.call("cuStreamWaitValue64_v2", stream, WORD(address), WORD(least), ctypes.c_uint(0))
 
     def launch(
         self,
@@ -141,7 +158,7 @@ class Driver:
         """On the current stream of the current device, which is `device`. Does not wait."""
         addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        self._call(
+        self.call(
             "cuLaunchKernel", self.function(kernel, device), *map(ctypes.c_uint, (num_blocks, 1, 1)),
             *map(ctypes.c_uint, (num_threads, 1, 1)), ctypes.c_uint(0), stream, addresses, None,
         )  # fmt: skip
@@ -161,6 +178,14 @@ def run(
         raise ValueError(f"{kernel}: expected CUDA tensors, got tensors on {device}")
     with torch.cuda.device(device):
         driver().launch(kernel, arguments, num_blocks, num_threads, torch.cuda.current_device())
+
+
+def stream_wait(address: int, least: int, device: torch.device) -> None:
+    """The current stream of a CUDA device waits for a word, without an SM. Tests put host code here."""
+    if device.type != "cuda":
+        raise ValueError(f"stream_wait: expected a CUDA device, got {device}")
+    with torch.cuda.device(device):
+        driver().stream_wait(address, least, torch.cuda.current_device())
 
 
 def launch(

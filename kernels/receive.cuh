@@ -2,8 +2,9 @@
 // and unpack (rows of a window, to their places). What kernels/forward.py and kernels/unpack.py do:
 // each row is read once, in plain 16-byte loads (H6), and written to all its places.
 //
-// Started behind their armed waits: nobody in here waits. The last block tells the reader that the
-// rows are there (H1), or the writer that its bank is free (H7: all reads are done).
+// Started behind their armed waits: nobody in here waits. Behind one that failed they do nothing.
+// The last block tells the reader that the rows are there (H1), or the writer that its bank is free
+// (H7: all reads are done).
 #pragma once
 
 #include "dispatch.cuh"
@@ -23,7 +24,8 @@ struct Forward {
   uint8_t* const* windows;   // [G]
   Counter* const* words;     // [num_words] set to `epoch` at the end
   uint64_t num_words, epoch;
-  uint64_t* arrived;  // [1] zero before and after
+  uint64_t* arrived;       // [1] zero before and after
+  const uint64_t* waited;  // status of the armed wait before it, or null
 };
 
 struct Unpack {
@@ -38,6 +40,7 @@ struct Unpack {
   Counter* const* words;  // [num_words] set to `epoch` at the end: the bank is free
   uint64_t num_words, epoch;
   uint64_t* arrived;
+  const uint64_t* waited;
 };
 
 template <class Block>
@@ -51,6 +54,7 @@ MOE_COMM_DEVICE inline void tell(Block& block, Counter* const* words, uint64_t n
 
 template <class Block>
 MOE_COMM_DEVICE inline void forward(Block& block, const Forward& a) {
+  if (!dispatch::came(block, a.waited)) return;
   for (uint64_t row = block.index(); row < *a.num_rows; row += block.num_blocks()) {
     const int32_t* to = a.table + row * a.node_ranks;
     for (uint64_t at = block.thread() * 16; at < a.row_bytes; at += block.num_threads() * 16) {
@@ -67,6 +71,7 @@ MOE_COMM_DEVICE inline void forward(Block& block, const Forward& a) {
 
 template <class Block>
 MOE_COMM_DEVICE inline void unpack(Block& block, const Unpack& a) {
+  if (!dispatch::came(block, a.waited)) return;
   for (uint64_t row = block.index(); row < *a.num_rows; row += block.num_blocks()) {
     const int32_t* places = a.positions + row * a.num_positions;
     const uint8_t* from = a.rows + row * a.row_bytes;
@@ -90,7 +95,7 @@ MOE_COMM_DEVICE inline void unpack(Block& block, const Unpack& a) {
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Forward) == 11 * 8 && sizeof(Unpack) == 14 * 8);
+static_assert(sizeof(Forward) == 12 * 8 && sizeof(Unpack) == 15 * 8);
 #endif
 
 }  // namespace moe_comm::receive

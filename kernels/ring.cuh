@@ -20,7 +20,7 @@
 #define MOE_COMM_DEVICE
 #endif
 
-namespace moe_comm::ring {
+namespace moe_comm::device {
 
 template <class Memory>
 MOE_COMM_DEVICE inline WaitStatus wait_until(Memory& memory, const uint64_t* word, uint64_t target,
@@ -43,9 +43,10 @@ MOE_COMM_DEVICE inline WaitStatus wait_counter(Memory& memory, const Counter* co
   return wait_until(memory, counter, target, abort_word, timeout_ns);
 }
 
-template <class Memory>
+// `wanted`: a Transfer or an Arm.
+template <class Memory, class Wanted>
 MOE_COMM_DEVICE inline WaitStatus push(Memory& memory, const DeviceRing& ring,
-                                       const Transfer& transfer) {
+                                       const Wanted& wanted) {
   const uint64_t ticket = memory.fetch_add(ring.reserved);
   // A slot is free when the command one lap ago was taken. What was seen may be old: then ask.
   if (ticket - memory.load_acquire(ring.taken_seen) >= ring.num_slots) {
@@ -57,17 +58,31 @@ MOE_COMM_DEVICE inline WaitStatus push(Memory& memory, const DeviceRing& ring,
   }
   const uint32_t lap = static_cast<uint32_t>(ticket / ring.num_slots + 1) & 1u;
   memory.store_command(ring.slots + (ticket & (ring.num_slots - 1)),
-                       pack_command(transfer, lap));  // H2
+                       pack_command(wanted, lap));  // H2
   return kWaitOk;
 }
 
-// Clears `word`, the `word_idx`-th of this channel's, and asks the proxy to set it when the epoch
-// is complete, at the deadline, or on abort. The next kernel on the stream starts after the word.
+// Ends an armed wait from here: nobody else will.
 template <class Memory>
-MOE_COMM_DEVICE inline WaitStatus arm(Memory& memory, const DeviceRing& ring, uint32_t channel,
-                                      uint32_t epoch, Counter* word, uint32_t word_idx) {
-  memory.store_release(word, 0);
-  return push(memory, ring, Transfer{channel, epoch, uint64_t{word_idx} << 4, 0, 0});
+MOE_COMM_DEVICE inline WaitStatus end(Memory& memory, ArmedWord* word, WaitStatus status) {
+  memory.store_release(&word->status, status);
+  memory.store_release(&word->ended, 1);  // H5
+  return status;
+}
+
+// Clears `word`, the ring's `arm.word_idx`-th, and asks the proxy to end it when all sources of the
+// epoch are complete, at the deadline, or on abort. What comes next on the stream waits for
+// word->ended and then reads word->status. A word that is armed is not armed again.
+template <class Memory>
+MOE_COMM_DEVICE inline WaitStatus arm(Memory& memory, const DeviceRing& ring, const Arm& arm,
+                                      ArmedWord* word) {
+  memory.store_release(&word->ended, 0);
+  const WaitStatus pushed = push(memory, ring, arm);
+  if (pushed != kWaitOk) return end(memory, word, pushed);
+  // A ring that ended takes no command: either this sees it, or who ended it sees the word cleared.
+  memory.fence();
+  if (memory.load_acquire(ring.abort_word) != 0) return end(memory, word, kWaitAborted);
+  return kWaitOk;
 }
 
 #ifdef __CUDACC__
@@ -89,6 +104,7 @@ struct Device {
                  "l"(command.word0), "l"(command.word1)
                  : "memory");
   }
+  __device__ void fence() { asm volatile("fence.sc.sys;" ::: "memory"); }
   __device__ uint64_t now_ns() {
     uint64_t ns;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
@@ -98,4 +114,4 @@ struct Device {
 };
 #endif
 
-}  // namespace moe_comm::ring
+}  // namespace moe_comm::device

@@ -170,6 +170,69 @@ class Engine:
     def stats(self) -> dict[str, int]:
         """Counts since it was made: writes, bytes, immediates, commands, loops, sleeps, dropped_immediates."""
 
+    # csrc/bindings_rings.cpp
+    def attach_ring(
+        self,
+        num_slots: int = 4096,
+        num_words: int = 64,
+        timeout_s: float = 300.0,
+        silent_s: float = 30.0,
+        first_ticket: int = 0,
+    ) -> MappedRing:
+        """A ring that the proxy serves from now on."""
+
+    def detach_ring(self, ring: MappedRing) -> None:
+        """Ends what is armed in it; its memory stays as long as the ring."""
+
+    def open_row(self, words: int, what: str, first_epoch: int) -> int:
+        """An immediate row whose completed epochs go to the two words (uint64, by bank) at that address."""
+
+    def close_row(self, row: int) -> None: ...
+    def open_channel(self, peer: int, region: int, descriptor: bytes, row: int) -> int:
+        """What a Transfer names: writes from that region to the peer's, counted in the peer's `row`."""
+
+    def open_wait(
+        self,
+        what: str,
+        who: str,
+        sources: Sequence[tuple[int, int, str, int]],
+        channels: Sequence[int],
+    ) -> int:
+        """What an Arm names: the epoch is complete when each source's word (two by bank, at its address) says so, and
+        this rank's writes of its bank on `channels` ended. A source: address, peer (-1: none), who it is, address of
+        its heartbeat word (0: none).
+        """
+
+    def close_channel(self, channel: int) -> None:
+        """Of `open_channel` or `open_wait`; what is armed with it ends."""
+
+@final
+class MappedRing:
+    """A command ring in host memory that a GPU can map: csrc/mapped_ring.hpp."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def num_bytes(self) -> int: ...
+    @property
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Of the slots, the word `taken`, the abort word, the words of armed waits."""
+
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def num_words(self) -> int: ...
+    @property
+    def timeout_ns(self) -> int: ...
+    def word(self, word_idx: int) -> tuple[int, int]:
+        """(ended, status) of an armed wait."""
+
+    def raise_fault(self) -> None:
+        """Raises what ended it, if anything."""
+
+    def stats(self) -> dict[str, int]:
+        """commands, torn, armed, ended, failed."""
+
 @final
 class CallFormat:
     """What calls of the same shapes share. `row`: the eight numbers of a RowFormat, in its order."""

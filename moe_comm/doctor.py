@@ -163,6 +163,15 @@ def gpu_section() -> Section:
     return section
 
 
+def window_section() -> Section:
+    """Where windows and rings of a GPU would lie here, and why."""
+    try:
+        kind, why = importlib.import_module("moe_comm.memory").window_memory()
+    except ImportError as error:
+        kind, why = "host memory", str(error)
+    return {"kind": kind, "why": why}
+
+
 def nic_section() -> list[Section]:
     """RDMA devices that the kernel knows, whether or not a library can open them."""
     nics = []
@@ -367,6 +376,7 @@ def report() -> Section:
         "host": host_section(),
         "software": software_section(),
         "gpus": gpu_section(),
+        "windows": window_section(),
         "nics": nic_section(),
         "nic_choice": nic_choice_section(),
         "transports": transport_section(),
@@ -405,6 +415,7 @@ def _print_tables(found: Section) -> None:
         rows.append(["CUDA in torch", "yes" if gpus["torch_cuda"] else "no", about])
     else:
         rows.append(["GPU", "none", gpus["fix"]])
+    rows.append(["windows of a GPU", found["windows"]["kind"], found["windows"]["why"]])
     if not found["nics"]:
         rows.append(["RDMA NIC", "none", "TCP and shared memory need none"])
     table("devices", ["device", "found", "about"], rows)

@@ -31,7 +31,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ from .region import Region, locate, shared_tensor
 from .transfer import Deadline, Expectation, Transfer, check_timeout
 from .watcher import Watcher
 from .writes import Pages, Write, check_pages, check_peer, check_target, check_writes, is_int
+
+if TYPE_CHECKING:
+    from .device_ring import DeviceRing
 
 CLOSE_TIMEOUT_S = 5.0  # of writes under way
 GOODBYE_TIMEOUT_S = 1.0
@@ -483,6 +486,14 @@ class TransferEngine:
     def forget_watcher(self, watcher: Watcher) -> None:
         with self._lock:
             self._watchers.discard(watcher)
+
+    # --- rings of GPUs -----------------------------------------------------------------------------
+
+    def device_ring(self, device: torch.device | str, **options: Any) -> "DeviceRing":
+        """A ring that kernels of `device` push commands to; see `DeviceRing`."""
+        from .device_ring import DeviceRing  # loads device code
+
+        return DeviceRing(self.native, device, **options)
 
     # --- end ---------------------------------------------------------------------------------------
 

@@ -4,9 +4,12 @@ A result is an ordinary tensor that its caller owns for as long as he likes; its
 over it is gone. Used and kept together never exceed what was once in use at a time; `empty_cache` empties it.
 
 Calls with CUDA tensors have their results made elsewhere, by `allocated_by` (staging.py).
+
+Memory of the engine that a GPU reads and writes itself is pinned by `Pinned`; `window_memory` says what there is.
 """
 
 import contextlib
+import ctypes
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -48,3 +51,78 @@ def allocated_by(new: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> Itera
         yield
     finally:
         _thread.new = before
+
+
+# --- memory that a GPU reaches -------------------------------------------------------------------
+
+_REGISTER_PORTABLE, _REGISTER_MAPPED = 1, 2  # CU_MEMHOSTREGISTER_*
+_CAN_MAP_HOST_MEMORY, _HOST_REGISTER_SUPPORTED, _STREAM_MEM_OPS, _DMA_BUF_SUPPORTED = (
+    19,
+    99,
+    122,
+    124,
+)
+
+
+class Pinned:
+    """Whole pages of host memory, mapped for a device; on the CPU just the memory. Released with this object.
+
+    The caller keeps the memory until then. Raises RuntimeError where the driver refuses.
+    """
+
+    def __init__(self, address: int, num_bytes: int, device: torch.device):
+        self._address, self._device, self._mapped = address, device, False
+        self._base = address  # as the device sees it
+        if device.type != "cuda":
+            return
+        from .kernels import fused  # device code is loaded where there is a device
+
+        base = fused.WORD()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream(device)  # the context is there
+            fused.driver().call(
+                "cuMemHostRegister_v2", fused.WORD(address), fused.WORD(num_bytes),
+                _REGISTER_PORTABLE | _REGISTER_MAPPED,
+            )  # fmt: skip
+            self._mapped = True
+            fused.driver().call(
+                "cuMemHostGetDevicePointer_v2", ctypes.byref(base), fused.WORD(address), 0
+            )
+        self._base = base.value
+
+    def on_device(self, address: int) -> int:
+        """An address in this memory, as the device sees it."""
+        return address - self._address + self._base
+
+    def __del__(self) -> None:
+        if self._mapped:
+            from .kernels import fused
+
+            with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
+                fused.driver().call("cuMemHostUnregister", fused.WORD(self._address))
+
+
+def window_memory() -> tuple[str, str]:
+    """(what memory a GPU's windows and rings would have here, why)."""
+    if not torch.cuda.is_available():
+        return "host memory", f"torch {torch.__version__} sees no CUDA device"
+    from .kernels import fused
+
+    try:
+        asked = (
+            _CAN_MAP_HOST_MEMORY,
+            _HOST_REGISTER_SUPPORTED,
+            _STREAM_MEM_OPS,
+            _DMA_BUF_SUPPORTED,
+        )
+        maps, registers, waits, dmabuf = (fused.driver().attribute(a, 0) for a in asked)
+    except (ImportError, RuntimeError) as error:
+        return "host memory", str(error)
+    if not (maps and registers):
+        return "host memory", "the device cannot map memory of the host"
+    why = "the device maps and pins memory of the host"
+    if not waits:
+        why += "; streams cannot wait for 64-bit words"
+    if dmabuf:
+        why += "; device memory (dmabuf) would be possible, no window lies there yet"
+    return "host-staged: pinned, mapped host memory", why

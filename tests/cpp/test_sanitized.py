@@ -18,8 +18,16 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
-ENGINE = ["proxy.cpp", "proxy_calls.cpp", "memory.cpp", "backends/shm.cpp", "backends/chaos.cpp"]
-PROGRAMS = {"proxy": ENGINE, "peers": ENGINE, "rows": ["rows.cpp"], "ring": [], "counter": []}
+ENGINE = [
+    *("proxy.cpp", "proxy_calls.cpp", "proxy_rings.cpp", "mapped_ring.cpp"),
+    *("memory.cpp", "backends/shm.cpp", "backends/chaos.cpp"),
+]
+PROGRAMS = {
+    **dict.fromkeys(("proxy", "peers", "device_ring"), ENGINE),
+    "rows": ["rows.cpp"],
+    "ring": [],
+    "counter": [],
+}
 SANITIZERS = {
     # -Wtsan: it does not see fences. Our words order what is behind them by acquire and release.
     "thread": ["-fsanitize=thread", "-Wno-tsan", "-Wno-unknown-warning-option"],

@@ -79,6 +79,7 @@ struct Host {  // what Device is for CUDA
       if ((turn & 6) == 0) std::this_thread::yield();
     }
   }
+  void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
   uint64_t now_ns() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(
                std::chrono::steady_clock::now().time_since_epoch())
@@ -104,7 +105,7 @@ void threads() {
           Host host;
           for (uint32_t seq = 0; seq < num_commands; ++seq) {
             payload[p * num_commands + seq] = seq + 1;
-            CHECK(ring::push(host, ring, command_of(p, seq)) == kWaitOk);
+            CHECK(device::push(host, ring, command_of(p, seq)) == kWaitOk);
           }
         });
       }
@@ -217,7 +218,7 @@ struct Search {
     Replay replay{s.results[p]};
     if (s.pushed[p] == commands) return false;
     try {
-      status = ring::push(replay, ring, command_of(p, s.pushed[p]));
+      status = device::push(replay, ring, command_of(p, s.pushed[p]));
     } catch (const Access& wanted) {
       access = wanted;
       turns = replay.turns;
@@ -371,39 +372,52 @@ void waits() {
   Counter word = 5;
   uint64_t abort = 0;
   const uint64_t start = host.now_ns();
-  CHECK(ring::wait_counter(host, &word, 5, &abort, 0) == kWaitOk);
-  CHECK(ring::wait_counter(host, &word, 6, &abort, 20'000'000) == kWaitTimeout);
+  CHECK(device::wait_counter(host, &word, 5, &abort, 0) == kWaitOk);
+  CHECK(device::wait_counter(host, &word, 6, &abort, 20'000'000) == kWaitTimeout);
   CHECK(host.now_ns() - start >= 20'000'000 && host.now_ns() - start < 5'000'000'000);
   word = ~0ull;
-  CHECK(ring::wait_counter(host, &word, 1, &abort, 1'000'000) == kWaitTimeout, "2^64 is ahead");
+  CHECK(device::wait_counter(host, &word, 1, &abort, 1'000'000) == kWaitTimeout, "2^64 is ahead");
   word = 2;
-  CHECK(ring::wait_counter(host, &word, ~0ull, &abort, 0) == kWaitOk, "2^64 was passed");
+  CHECK(device::wait_counter(host, &word, ~0ull, &abort, 0) == kWaitOk, "2^64 was passed");
   std::thread setter([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
     host.store_release(&word, 9);
   });
-  CHECK(ring::wait_counter(host, &word, 9, &abort, 10'000'000'000) == kWaitOk);
+  CHECK(device::wait_counter(host, &word, 9, &abort, 10'000'000'000) == kWaitOk);
   setter.join();
   abort = 1;
-  CHECK(ring::wait_counter(host, &word, 10, &abort, 10'000'000'000) == kWaitAborted);
-  CHECK(ring::wait_counter(host, &word, 9, &abort, 0) == kWaitOk, "what is there is there");
+  CHECK(device::wait_counter(host, &word, 10, &abort, 10'000'000'000) == kWaitAborted);
+  CHECK(device::wait_counter(host, &word, 9, &abort, 0) == kWaitOk, "what is there is there");
 
   // a full ring: bounded by the time limit and by the abort word
   Memory memory(2, 0);
   for (uint32_t i = 0; i < 2; ++i) {
-    CHECK(ring::push(host, memory.ring(1'000'000), command_of(0, i)) == kWaitOk);
+    CHECK(device::push(host, memory.ring(1'000'000), command_of(0, i)) == kWaitOk);
   }
-  CHECK(ring::push(host, memory.ring(1'000'000), command_of(0, 2)) == kWaitTimeout);
+  CHECK(device::push(host, memory.ring(1'000'000), command_of(0, 2)) == kWaitTimeout);
   memory.abort = 1;
-  CHECK(ring::push(host, memory.ring(10'000'000'000), command_of(0, 3)) == kWaitAborted);
+  CHECK(device::push(host, memory.ring(10'000'000'000), command_of(0, 3)) == kWaitAborted);
 
   // arm: the word is cleared, and the command names channel, epoch and word
   Memory fresh(4, 3);
-  word = 77;
-  CHECK(ring::arm(host, fresh.ring(0), 12, 0x12345, &word, 6) == kWaitOk && word == 0);
+  const Arm wanted{12, 6, 0xfedc'ba98'7654, 1500};
+  ArmedWord armed{77, 9};
+  CHECK(device::arm(host, fresh.ring(0), wanted, &armed) == kWaitOk && armed.ended == 0);
   RingConsumer consumer(&fresh.control, fresh.slots.data(), 4);
-  const auto armed = consumer.take();
-  CHECK(armed && same(*armed, {12, 0x2345, 6 << 4, 0, 0}));
+  const Arm taken = unpack_arm(consumer.take_command().value());
+  CHECK(taken.channel == 12 && taken.word_idx == 6 && taken.timeout_ms == 1500);
+  CHECK(taken.epoch == 0xfedc'ba98'7654);
+
+  // one that nobody will take ends at once, with what it is to end with
+  armed = {0, 9};
+  CHECK(device::arm(host, memory.ring(1'000'000), wanted, &armed) == kWaitAborted);
+  CHECK(armed.ended == 1 && armed.status == kWaitAborted, "the ring is full, and aborted");
+  memory.abort = 0, armed = {0, 9};
+  CHECK(device::arm(host, memory.ring(1'000'000), wanted, &armed) == kWaitTimeout);
+  CHECK(armed.ended == 1 && armed.status == kWaitTimeout, "the ring is full");
+  fresh.abort = 1, armed = {0, 9};
+  CHECK(device::arm(host, fresh.ring(0), wanted, &armed) == kWaitAborted);
+  CHECK(armed.ended == 1 && armed.status == kWaitAborted, "there is room, but the ring ended");
 }
 
 }  // namespace

@@ -224,3 +224,54 @@ def test_unpack(library, num_rows, num_positions, scale_bytes, num_blocks, num_t
     library.unpack(ctypes.byref(arguments), num_blocks, num_threads)
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
     assert told.tensor.tolist() == [epoch] and arrived.tensor.tolist() == [0]
+
+
+def test_behind_a_wait_that_failed_kernels_do_nothing(library):
+    """No row is packed, passed on, added or unpacked, nobody is told, nothing is pushed."""
+    status, words, counts = Words([1]), Words([0]), Words([0, 0])
+    x, rows = torch.full((1, 8), 5, dtype=torch.int16), torch.zeros(1, 1, dtype=torch.int32)
+    window, n = torch.full((2, 16), 7, dtype=torch.uint8), Words([1], torch.int32)
+    windows, tell, starts = (
+        Words([window.data_ptr()] * 2),
+        Words([words.at]),
+        Words([0] * 2, torch.int32),
+    )
+    lanes, links, failed = Words([0, 0], torch.int32), Words([[1, 0, 0, 256]]), Words([0])
+    ring, kept = new_ring(4)
+    group = Words([[window.data_ptr(), 16, 0, 1]] * 2)
+    common = {"epoch": 5, "arrived": counts.at}
+    structs = {
+        "dispatch_send": Send(
+            x=x.data_ptr(), x_stride=16, payload_bytes=16, lane_rows=rows.data_ptr(), starts=starts.at, num_lanes=1,
+            last_token=1, row_bytes=16, windows=windows.at, lanes=lanes.at, num_links=1, num_local=1, links=links.at,
+            commits=tell.at, status=failed.at, ring=ring, **common,
+        ),
+        "combine_send": Combine(
+            memory=x.data_ptr(), offsets=Words([0]).at, num_terms=1, payload_bytes=16, groups=group.at, num_links=1,
+            num_local=1, links=links.at, row_bytes=16, commits=tell.at, status=failed.at, ring=ring, **common,
+        ),
+        "forward": Forward(
+            rows=x.data_ptr(), num_rows=n.at, row_bytes=16, table=rows.data_ptr(), node_ranks=1, starts=starts.at,
+            windows=windows.at, words=tell.at, num_words=1, **common,
+        ),
+        "unpack": Unpack(
+            rows=x.data_ptr(), num_rows=n.at, row_bytes=16, payload_bytes=16, positions=rows.data_ptr(),
+            num_positions=1, out_x=window.data_ptr(), words=tell.at, num_words=1, **common,
+        ),
+    }  # fmt: skip
+    offsets = torch.zeros(1, 1, dtype=torch.int64)
+    structs["combine_send"].offsets = offsets.data_ptr()
+    for name, struct in structs.items():
+        more = (ctypes.c_uint64(1),) if name == "combine_send" else ()
+        for waited, came in ((status, False), (Words([0]), True)):
+            struct.waited = waited.at
+            getattr(library, name)(
+                ctypes.byref(struct), *more, ctypes.c_uint64(2), ctypes.c_uint64(2)
+            )
+            assert (window[0] != 7).any().item() == came and words.tensor.item() == 5 * came, name
+            assert counts.tensor.tolist() == [0, 0]
+            pushed = take_all(library, ring)
+            assert bool(pushed) == (came and name.endswith("send")), name
+        window.fill_(7)
+        words.tensor.zero_()
+    assert kept and failed.tensor.item() == 0

@@ -1,0 +1,36 @@
+// What the files of the Python module share.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+#include "engine.hpp"
+#include "status.hpp"
+
+namespace moe_comm {
+
+[[noreturn]] void raise(const Status& status);  // as the exception of its code
+
+inline void check(const Status& status) {
+  if (!status.ok()) raise(status);
+}
+template <typename T>
+T check(Result<T> result) {
+  if (!result.ok()) raise(result.status());
+  return std::move(result.value());
+}
+template <typename F>
+auto unlocked(F&& function) {
+  pybind11::gil_scoped_release release;
+  return function();
+}
+
+std::vector<std::byte> from_bytes(const pybind11::bytes& bytes);
+
+void bind_rows(pybind11::module_& m);                                     // bindings_rows.cpp
+void bind_rings(pybind11::module_& m, pybind11::class_<Engine>& engine);  // bindings_rings.cpp
+
+}  // namespace moe_comm

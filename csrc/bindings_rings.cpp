@@ -1,0 +1,109 @@
+// moe_comm._engine: rings that GPUs push to, and the channels, rows and waits that commands name.
+//
+// Words and windows come as addresses: their owner keeps them until the rows and waits are closed.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "bindings.hpp"
+
+namespace py = pybind11;
+
+namespace moe_comm {
+namespace {
+
+Counter* at(uintptr_t address) { return reinterpret_cast<Counter*>(address); }
+uintptr_t address_of(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
+
+// (address of its two words, the engine's peer or -1, who it is, address of its heartbeat or 0)
+using Source = std::tuple<uintptr_t, int64_t, std::string, uintptr_t>;
+
+uint32_t open_channel(Engine& engine, uint32_t peer, uint64_t region, const py::bytes& descriptor,
+                      uint32_t row) {
+  auto local = check(engine.region(region));
+  Channel channel{peer,    local.get(), check(parse_region(from_bytes(descriptor))), row, {},
+                  nullptr, local};
+  return check(unlocked([&] { return engine.proxy().open_channel(std::move(channel)); }));
+}
+
+uint32_t open_wait(Engine& engine, const std::string& what, const std::string& who,
+                   const std::vector<Source>& sources, const std::vector<uint32_t>& channels) {
+  Wait wait{what, who, {}, channels};
+  for (const auto& [words, peer, name, beat] : sources) {
+    const uint32_t number = peer < 0 ? ~0u : static_cast<uint32_t>(peer);
+    wait.sources.push_back({{at(words), at(words) + 1}, number, name, at(beat)});
+  }
+  return check(unlocked([&] { return engine.proxy().open_wait(std::move(wait)); }));
+}
+
+std::shared_ptr<MappedRing> attach_ring(Engine& engine, uint32_t num_slots, uint32_t num_words,
+                                        double timeout_s, double silent_s, uint64_t first_ticket) {
+  auto ring = check(MappedRing::create({num_slots, num_words, timeout_s, silent_s, first_ticket}));
+  check(unlocked([&] { return engine.proxy().attach(ring); }));
+  return ring;
+}
+
+}  // namespace
+
+void bind_rings(py::module_& m, py::class_<Engine>& engine) {
+  using Self = MappedRing;
+  py::class_<Self, std::shared_ptr<Self>>(m, "MappedRing")
+      .def_property_readonly("address", [](Self& self) { return address_of(self.memory().data()); })
+      .def_property_readonly("num_bytes", [](Self& self) { return self.memory().size(); })
+      // (slots, taken, abort word, armed words)
+      .def_property_readonly("addresses",
+                             [](Self& self) {
+                               const DeviceRing view = self.view(nullptr, nullptr);
+                               return std::make_tuple(
+                                   address_of(view.slots), address_of(view.taken),
+                                   address_of(view.abort_word), address_of(self.words()));
+                             })
+      .def_property_readonly("num_slots", [](Self& self) { return self.options().num_slots; })
+      .def_property_readonly("num_words", [](Self& self) { return self.options().num_words; })
+      .def_property_readonly("timeout_ns",
+                             [](Self& self) { return self.view(nullptr, nullptr).timeout_ns; })
+      .def("word",
+           [](Self& self, uint32_t word_idx) {
+             if (word_idx >= self.options().num_words) throw py::index_error();
+             ArmedWord& word = self.words()[word_idx];
+             const Counter ended = word_at(word.ended).load(std::memory_order_acquire);  // H6
+             return std::make_tuple(ended, word_at(word.status).load(std::memory_order_relaxed));
+           })
+      .def("raise_fault", [](Self& self) { check(self.fault()); })
+      .def("stats", [](Self& self) {
+        const RingStats& s = self.stats();
+        py::dict d;
+        d["commands"] = s.commands.load();
+        d["torn"] = s.torn.load();
+        d["armed"] = s.armed.load();
+        d["ended"] = s.ended.load();
+        d["failed"] = s.failed.load();
+        return d;
+      });
+  engine
+      .def("attach_ring", &attach_ring, py::arg("num_slots") = 4096, py::arg("num_words") = 64,
+           py::arg("timeout_s") = 300.0, py::arg("silent_s") = 30.0, py::arg("first_ticket") = 0,
+           py::keep_alive<0, 1>())
+      .def("detach_ring",
+           [](Engine& self, const std::shared_ptr<MappedRing>& ring) {
+             unlocked([&] { self.proxy().detach(ring); });
+           })
+      .def("open_row",
+           [](Engine& self, uintptr_t words, const std::string& what, uint64_t first_epoch) {
+             RowTarget target{{at(words), at(words) + 1}, nullptr, what};
+             return check(
+                 unlocked([&] { return self.proxy().open_row(std::move(target), first_epoch); }));
+           })
+      .def("close_row",
+           [](Engine& self, uint32_t row) { unlocked([&] { self.proxy().close_row(row); }); })
+      .def("open_channel", &open_channel)
+      .def("open_wait", &open_wait)
+      .def("close_channel", [](Engine& self, uint32_t channel) {
+        unlocked([&] { self.proxy().close_channel(channel); });
+      });
+}
+
+}  // namespace moe_comm

@@ -1,0 +1,275 @@
+// The proxy's part of rings that GPUs push to: commands, and waits that kernels armed.
+//
+// One turn takes at most kCommandsPerTurn commands of each ring and looks, for each armed wait, at
+// the first source that has not come; it never waits. Rings are attached and detached between
+// turns. What is wrong with a command is its own ring's fault, never the proxy's.
+#include <algorithm>
+#include <cstdio>
+
+#include "proxy.hpp"
+
+namespace moe_comm {
+namespace {
+constexpr int kCommandsPerTurn = 64;
+constexpr double kLookOver = 0.01;  // seconds between looks at what moves slowly
+constexpr double kLastWords = 1.0;  // for the writes of a rank that closed or gave up
+
+bool reached(uint64_t word, uint64_t epoch) {  // both modulo 2^48
+  return static_cast<int64_t>((word - epoch) << 16) >= 0;
+}
+
+bool outside(uint64_t at, uint64_t num_bytes, uint64_t size) {
+  return at > size || num_bytes > size - at;
+}
+}  // namespace
+
+// --- from any thread -----------------------------------------------------------------------------
+
+Status Proxy::attach(const std::shared_ptr<MappedRing>& ring) {
+  Status result(Code::kClosed, "attach: the engine is closed");
+  run([&] {
+    rings_.push_back(ring);
+    ring->moved_ = Clock::now();
+    num_rings_.store(static_cast<uint32_t>(rings_.size()), std::memory_order_relaxed);
+    result = {};
+  });
+  return result;
+}
+
+void Proxy::detach(const std::shared_ptr<MappedRing>& ring) {
+  run([&] {
+    if (std::erase(rings_, ring) == 0) return;
+    num_rings_.store(static_cast<uint32_t>(rings_.size()), std::memory_order_relaxed);
+    // What was pushed before is carried out.
+    for (uint32_t taken = 0; taken < ring->options_.num_slots; taken += kCommandsPerTurn) {
+      if (!take_commands(*ring, Clock::now())) break;
+    }
+    ring->fail({Code::kClosed, "the ring was closed"});
+  });
+}
+
+Result<uint32_t> Proxy::open_wait(Wait wait) {
+  Result<uint32_t> result = Status(Code::kClosed, "open_wait: the engine is closed");
+  run([&] {
+    if (channels_.size() >= kMaxChannels) {
+      result = Status(Code::kTransport, "no channels left: restart the engine");
+      return;
+    }
+    for (const uint32_t channel : wait.channels) {
+      if (channel < channels_.size() && !channels_[channel].is_wait) continue;
+      result = Status(Code::kInvalid,
+                      "open_wait: expected channels of transfers, got " + std::to_string(channel));
+      return;
+    }
+    ChannelState& state = channels_.emplace_back();
+    state.is_wait = true;
+    state.wait = std::make_unique<Wait>(std::move(wait));
+    result = static_cast<uint32_t>(channels_.size() - 1);
+  });
+  return result;
+}
+
+// --- in a turn -----------------------------------------------------------------------------------
+
+bool Proxy::serve_rings() {
+  bool progress = false;
+  const auto now = Clock::now();
+  for (const auto& ring : rings_) {
+    progress |= take_commands(*ring, now);
+    if (!ring->armed_.empty()) progress |= look_at_waits(*ring, now);
+    if (now - ring->looked_ >= std::chrono::duration<double>(kLookOver)) look_over(*ring, now);
+  }
+  return progress;
+}
+
+bool Proxy::take_commands(MappedRing& ring, Clock::time_point now) {
+  for (int n = 0; n < kCommandsPerTurn; ++n) {
+    const auto command = ring.consumer_.take_command();  // H2
+    if (!command) {
+      if (ring.torn_at_ != ring.consumer_.next() && ring.consumer_.torn()) {
+        ring.torn_at_ = ring.consumer_.next();
+        ring.stats_.torn.fetch_add(1, std::memory_order_relaxed);
+      }
+      return n > 0;
+    }
+    ring.stats_.commands.fetch_add(1, std::memory_order_relaxed);
+    if (ring.fault_.raised()) continue;  // it ended; room is still made
+    if (Status status = begin(ring, *command, now); !status.ok()) ring.fail(std::move(status));
+  }
+  return true;
+}
+
+Status Proxy::begin(MappedRing& ring, const Command& command, Clock::time_point now) {
+  const Transfer transfer = unpack_command(command);
+  const auto wrong = [&](const std::string& text) {
+    return Status(Code::kInvalid, "command " + std::to_string(ring.consumer_.next() - 1) +
+                                      " of a device ring: " + text);
+  };
+  if (transfer.channel >= channels_.size())
+    return wrong("no channel " + std::to_string(transfer.channel));
+  const ChannelState& state = channels_[transfer.channel];
+  if (state.is_wait) {
+    const Arm arm = unpack_arm(command);
+    if (arm.word_idx >= ring.options_.num_words || ring.is_armed_[arm.word_idx]) {
+      return wrong("expected one of " + std::to_string(ring.options_.num_words) +
+                   " words that is not armed, got " + std::to_string(arm.word_idx));
+    }
+    const double seconds = arm.timeout_ms ? arm.timeout_ms * 1e-3 : ring.options_.timeout_s;
+    const auto limit =
+        std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+    ring.is_armed_[arm.word_idx] = 1;
+    ring.armed_.push_back({arm, 0, now, now + limit, ~0ull, now});
+    ring.stats_.armed.fetch_add(1, std::memory_order_relaxed);
+    return {};
+  }
+  if (!state.open) return {};  // closed meanwhile
+  const uint64_t local_bytes = state.channel.local ? state.channel.local->bytes.size() : 0;
+  if (outside(transfer.local_offset, transfer.num_bytes, local_bytes) ||
+      outside(transfer.remote_offset, transfer.num_bytes, state.channel.remote.num_bytes)) {
+    return wrong(std::to_string(transfer.num_bytes) + " bytes at offset " +
+                 std::to_string(transfer.local_offset) + " of " + std::to_string(local_bytes) +
+                 " to offset " + std::to_string(transfer.remote_offset) + " of " +
+                 std::to_string(state.channel.remote.num_bytes) + ": outside the region");
+  }
+  begin_transfer(transfer);
+  return {};
+}
+
+bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
+  bool progress = false;
+  Status failure;
+  for (size_t i = 0; i < ring.armed_.size();) {
+    MappedRing::Armed& armed = ring.armed_[i];
+    Status why;
+    const std::optional<WaitStatus> status = look_at(armed, ring.options_, now, why);
+    if (!status) {
+      ++i;
+      continue;
+    }
+    const uint32_t word_idx = armed.arm.word_idx;
+    if (!why.ok() && failure.ok()) failure = std::move(why);
+    ring.armed_[i] = ring.armed_.back();
+    ring.armed_.pop_back();
+    ring.is_armed_[word_idx] = 0;
+    // The text first: who sees the word may ask for it.
+    if (!failure.ok()) ring.fault_.raise(failure);
+    ring.end(word_idx, *status);  // H5
+    progress = true;
+  }
+  if (!failure.ok()) ring.fail(std::move(failure));
+  return progress;
+}
+
+// How it ended, if it did; `why`: of one that failed.
+std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOptions& options,
+                                         Clock::time_point now, Status& why) {
+  const ChannelState& state = channels_[armed.arm.channel];
+  if (!state.wait) {
+    why = {Code::kClosed, "an armed wait was closed"};
+    return kWaitAborted;
+  }
+  const Wait& wait = *state.wait;
+  const uint32_t bank = armed.arm.epoch % kNumBanks;
+  const auto complete = [&](const WaitSource& source) {
+    return reached(word_at(*source.words[bank]).load(std::memory_order_acquire), armed.arm.epoch);
+  };
+  while (armed.next < wait.sources.size() && complete(wait.sources[armed.next])) {
+    ++armed.next;
+    armed.beat = ~0ull;
+  }
+  std::string missing;
+  if (armed.next == wait.sources.size()) {
+    const auto busy = [&](uint32_t c) {
+      return channels_[c].open && channels_[c].unsent[bank] > 0;
+    };
+    const auto found = std::find_if(wait.channels.begin(), wait.channels.end(), busy);
+    if (found == wait.channels.end()) return kWaitOk;
+    if (now < armed.deadline) return std::nullopt;
+    missing = "its own writes on channel " + std::to_string(*found);
+  } else {
+    const WaitSource& source = wait.sources[armed.next];
+    const std::string lost = why_lost(source, armed, options, now);
+    if (!lost.empty()) {
+      if (complete(source)) return std::nullopt;  // it came while we looked
+      why = {Code::kPeerLost, describe(wait, armed, now, source.who) + ": " + lost};
+      return kWaitLost;
+    }
+    if (now < armed.deadline) return std::nullopt;
+    missing = source.who;
+  }
+  why = {Code::kPeerTimeout, describe(wait, armed, now, missing)};
+  return kWaitTimeout;
+}
+
+// Empty: there is no reason to give it up. The connection of a link peer ends after the immediates
+// of all it wrote; its heartbeat travels by itself.
+std::string Proxy::why_lost(const WaitSource& source, MappedRing::Armed& armed,
+                            const RingOptions& options, Clock::time_point now) const {
+  const bool linked = source.peer < peers_.size();
+  if (linked && peers_[source.peer].state.load(std::memory_order_relaxed) == PeerState::kLost)
+    return "the connection ended: " + peers_[source.peer].lost.status().text();
+  if (!source.beat) return {};
+  const uint64_t beat = word_at(*source.beat).load(std::memory_order_acquire);
+  if (beat != armed.beat) {
+    armed.beat = beat;
+    armed.beat_at = now;
+  }
+  const double seconds = std::chrono::duration<double>(now - armed.beat_at).count();
+  const uint64_t state = beat & 15u;
+  if (state != kAlive) {
+    if (linked && seconds < kLastWords) return {};
+    return state & kFailed ? "it gave up after a fault of its own" : "it closed its Buffer";
+  }
+  return seconds > options.silent_s ? "its heartbeat stopped" : "";
+}
+
+std::string Proxy::describe(const Wait& wait, const MappedRing::Armed& armed, Clock::time_point now,
+                            const std::string& missing) const {
+  const bool of_source = armed.next < wait.sources.size();  // else for its own writes
+  size_t complete = 0;
+  for (const WaitSource& source : wait.sources) {
+    const Counter word =
+        word_at(*source.words[armed.arm.epoch % kNumBanks]).load(std::memory_order_acquire);
+    complete += reached(word, armed.arm.epoch);
+  }
+  char text[80];
+  std::snprintf(text, sizeof text, " waited %.1f s for ",
+                std::chrono::duration<double>(now - armed.start).count());
+  return wait.what + " epoch " + std::to_string(armed.arm.epoch) + ", " + wait.who + text +
+         missing + ": not complete; " + std::to_string(complete) + " of " +
+         std::to_string(wait.sources.size() - of_source) + (of_source ? " other" : "") +
+         " sources complete";
+}
+
+// What need not be seen at once: a fault of the proxy, a ring that is stuck, late arms of one that
+// failed.
+void Proxy::look_over(MappedRing& ring, Clock::time_point now) {
+  ring.looked_ = now;
+  if (ring.fault_.raised()) return ring.end_all();
+  if (fault_.raised()) return ring.fail(fault_.status());
+  if (ring.seen_next_ != ring.consumer_.next() || !ring.consumer_.overtaken()) {
+    ring.seen_next_ = ring.consumer_.next();
+    ring.moved_ = now;
+    return;
+  }
+  const double seconds = std::chrono::duration<double>(now - ring.moved_).count();
+  if (seconds <= ring.options_.timeout_s) return;
+  char text[120];
+  std::snprintf(text, sizeof text,
+                "command %llu of a device ring is missing since %.1f s, and later ones are there: "
+                "its kernel died or gave up",
+                static_cast<unsigned long long>(ring.consumer_.next()), seconds);
+  ring.fail({Code::kTransport, text});
+}
+
+bool Proxy::rings_wait() const {
+  return std::any_of(rings_.begin(), rings_.end(),
+                     [](const auto& ring) { return !ring->armed_.empty(); });
+}
+
+bool Proxy::rings_have_commands() const {
+  return std::any_of(rings_.begin(), rings_.end(),
+                     [](const auto& ring) { return !ring->consumer_.empty(); });
+}
+
+}  // namespace moe_comm
