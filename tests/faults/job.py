@@ -174,10 +174,11 @@ class Job:
         hook()
         self.check(hook.result)
 
-    def told(self, kinds, *, calls=2, blame=VICTIM, after_s=0.0, hook=None):
+    def told(self, kinds, *, calls=2, blame=VICTIM, since="", hook=None):
         """(class, seconds, text) of the error that one of the next calls raises. Results before it are right.
 
-        after_s: how long after the beginning of the call the fault happens. hook: of a call that was sent before.
+        since: where the store has the time of the fault, if it is after the call began. hook: of a call that was sent
+        before.
         """
         for n in range(calls + bool(hook)):
             received = hook if n == 0 else None
@@ -187,7 +188,9 @@ class Job:
             try:
                 self.receive(received) if received else self.call()
             except MoeCommError as error:
-                seconds, text = time.monotonic() - start - after_s, str(error)
+                if since and self.group.store.check([since]):
+                    start = max(start, float(self.group.store.get(since)))
+                seconds, text = time.monotonic() - start, str(error)
                 assert isinstance(error, kinds), f"{type(error).__name__}: {text}"
                 assert seconds <= self.deadline_s + GRACE_S + SLACK_S, (seconds, text)
                 assert re.match(rf"{phase} epoch {epoch}\b", text), (phase, epoch, text)

@@ -23,7 +23,7 @@ SLOWNESS = 3  # limits of the cases are multiplied by this: CPU and NIC are emul
 # libfabric makes completion queues for as many peers as it expects, 256 by default; rxe's hold 32767 entries.
 ENVIRONMENT = f"MOE_COMM_TEST_SLOWNESS={SLOWNESS} FI_UNIVERSE_SIZE=16"
 BOOT_S, CASE_S = 300, 200
-ROW_S, RANKS_S, REPORT = 100, 600, "/run/ranks.xml"
+ROW_S, RANKS_S, REPORT = 150, 750, "/run/ranks.xml"
 BACKENDS = ("verbs", "fabric:verbs;ofi_rxm")
 # Cases in which it matters that two NICs share the writes.
 OF_TWO_NICS = ("both_ways", "slices", "wrong_secret", "full_queue", "many_immediates", "wake_up", "disconnect_one",
