@@ -235,10 +235,23 @@ def threads_for(kind: str, payload_bytes: int) -> int:
 # --- small tables --------------------------------------------------------------------------------
 
 
+_of_graphs: dict[int, Tensor] = {}  # what captured graphs read, for good
+
+
 @functools.lru_cache(maxsize=1024)
-def table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """These numbers on the device; nobody writes to them."""
+def _table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype).to(device)
+
+
+def table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers on the device; nobody writes to them. They stay until the current stream has read them."""
+    found = _table(values, dtype, device)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            _of_graphs[found.data_ptr()] = found
+        else:
+            found.record_stream(torch.cuda.current_stream(device))
+    return found
 
 
 @functools.cache

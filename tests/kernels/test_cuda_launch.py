@@ -312,3 +312,18 @@ def test_ring_kernels():
         )  # fmt: skip
     torch.cuda.synchronize()
     assert seen.tolist() == [0, 1], "kWaitOk, kWaitTimeout; the context lives"
+
+
+@pytest.mark.gpu
+def test_tables_of_a_captured_graph_stay():
+    """However many others are made after it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    values, out = tuple(range(16)), torch.zeros(16, dtype=torch.int64, device=device)
+    fused.table(values, torch.int64, device)  # nothing is copied in a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out.copy_(fused.table(values, torch.int64, device))
+    for n in range(2000):
+        fused.table((n + 100,) * 16, torch.int64, device)
+    graph.replay()
+    assert out.tolist() == list(values)
