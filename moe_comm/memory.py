@@ -79,7 +79,7 @@ class Pinned:
 
         base = fused.WORD()
         with torch.cuda.device(device):
-            torch.cuda.current_stream(device)  # the context is there
+            torch.empty(1, device=device)  # the context is there
             fused.driver().call(
                 "cuMemHostRegister_v2", fused.WORD(address), fused.WORD(num_bytes),
                 _REGISTER_PORTABLE | _REGISTER_MAPPED,
