@@ -141,7 +141,7 @@ class TransportLayer final : public Layer {
  public:
   TransportLayer(const std::string& name, const std::string& interface, Wire& wire) {
     transport_ = open(name, interface);
-    region_ = check(transport_->register_memory(segment_.bytes(), MemoryKind::kHost));
+    region_ = check(transport_->register_memory(segment_.bytes()));
     remote_ = check(parse_region(wire.swap(serialise(describe(region_)))));
     peer_ = check(transport_->connect(wire.swap(transport_->info().address)));
     while (!ready_) progress();
@@ -203,7 +203,7 @@ class EngineLayer : public Layer {
     options.interface = interface;
     options.secret = kSecret;
     engine_ = check(Engine::open(options));
-    region_ = check(proxy().register_memory(segment_.bytes(), MemoryKind::kHost));
+    region_ = check(proxy().register_memory(segment_.bytes()));
     remote_ = check(parse_region(wire.swap(serialise(describe(region_)))));
     peer_ = check(proxy().connect(wire.swap(proxy().info().address)));
     check(engine_->wait_ready(peer_, kLimit));
@@ -251,7 +251,7 @@ class Cost {
  public:
   Cost(const std::string& name, const std::string& interface, Wire& wire)
       : wire_(wire), transport_(open(name, interface)) {
-    region_ = check(transport_->register_memory(segment_.bytes(), MemoryKind::kHost));
+    region_ = check(transport_->register_memory(segment_.bytes()));
     remote_ = check(parse_region(wire.swap(serialise(describe(region_)))));
     address_ = wire.swap(transport_->info().address);
   }

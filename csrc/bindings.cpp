@@ -388,11 +388,14 @@ void bind_engine(py::module_& m) {
       .def_property_readonly("transport", [](Self& self) { return self.transport_name(); })
       .def_property_readonly("address",
                              [](Self& self) { return to_bytes(self.proxy().info().address); })
-      .def("register",
-           [](Self& self, uintptr_t address, size_t num_bytes) {
-             const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(address), num_bytes);
-             return check(unlocked([&] { return self.register_memory(bytes, MemoryKind::kHost); }));
-           })
+      .def(
+          "register",
+          [](Self& self, uintptr_t address, size_t num_bytes, int dmabuf, uint64_t offset) {
+            const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(address), num_bytes);
+            return check(
+                unlocked([&] { return self.register_memory(bytes, DmaBuf{dmabuf, offset}); }));
+          },
+          py::arg("address"), py::arg("num_bytes"), py::arg("dmabuf") = -1, py::arg("offset") = 0)
       .def("forget", [](Self& self,
                         uint64_t region) { check(unlocked([&] { return self.forget(region); })); })
       .def("describe",

@@ -100,8 +100,8 @@ Result<std::unique_ptr<Engine>> Engine::open(const EngineOptions& options) {
   return engine;
 }
 
-Result<uint64_t> Engine::register_memory(std::span<std::byte> bytes, MemoryKind kind) {
-  auto region = proxy_->register_memory(bytes, kind);
+Result<uint64_t> Engine::register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) {
+  auto region = proxy_->register_memory(bytes, dmabuf);
   if (!region.ok()) return region.status();
   std::lock_guard lock(mutex_);
   regions_[next_region_] = std::make_shared<const MemoryRegion>(std::move(region.value()));

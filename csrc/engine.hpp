@@ -38,7 +38,7 @@ class Engine {
 
   // Regions by number, for Python. They stay registered until forgotten or until the engine is
   // gone.
-  Result<uint64_t> register_memory(std::span<std::byte> bytes, MemoryKind kind);
+  Result<uint64_t> register_memory(std::span<std::byte> bytes, DmaBuf dmabuf = {});
   Status forget(uint64_t region);
   Result<std::shared_ptr<const MemoryRegion>> region(uint64_t number) const;
 

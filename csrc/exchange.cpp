@@ -78,7 +78,7 @@ Status Exchange::init() {
   if (!segment.ok()) return segment.status();
   segment_ = std::move(segment.value());
   base_ = segment_.data();
-  auto region = engine_.proxy().register_memory(segment_.bytes(), MemoryKind::kHost);
+  auto region = engine_.proxy().register_memory(segment_.bytes());
   if (!region.ok()) return region.status();
   region_ = std::move(region.value());
   // Every word starts as if the two epochs before the first had been released, and no epoch had

@@ -96,7 +96,12 @@ Result<SegmentSlice> find_segment(std::span<const std::byte> bytes);
 
 // --- regions -------------------------------------------------------------------------------------
 
-enum class MemoryKind : uint8_t { kHost, kCuda };
+// A device's memory as drivers share it: a GPU's exports it, a NIC's takes it. The CPU reads none.
+struct DmaBuf {
+  int fd = -1;          // -1: memory of the host
+  uint64_t offset = 0;  // of the first byte
+  bool given() const { return fd >= 0; }
+};
 
 struct RemoteKey {
   uint64_t value = 0;
@@ -108,6 +113,7 @@ struct MemoryRegion {
   void* local_key = nullptr;  // the backend's descriptor for local access
   RemoteKey remote_key;       // what a peer must show to write here
   uint64_t remote_base = 0;   // the address of bytes[0] as peers name it
+  bool of_device = false;     // by DmaBuf
   std::vector<uint64_t>
       extra;  // backend-specific words that travel with the key (shm: the segment's name)
   std::shared_ptr<void> registration;

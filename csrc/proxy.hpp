@@ -109,7 +109,7 @@ class Proxy {
   // Takes turns until `ready()`, or until a waiter should sleep; true: ready. At most `seconds`.
   template <typename Ready>
   bool help(double seconds, Ready&& ready);
-  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind);
+  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, DmaBuf dmabuf = {});
   Result<uint32_t> connect(const Address& address);
   void disconnect(uint32_t peer);
   PeerState peer_state(uint32_t peer) const;

@@ -64,9 +64,9 @@ bool Proxy::wait(Operation& operation, double seconds) {
          operation.wait(std::max(0.0, seconds - seconds_since(start)));
 }
 
-Result<MemoryRegion> Proxy::register_memory(std::span<std::byte> bytes, MemoryKind kind) {
+Result<MemoryRegion> Proxy::register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) {
   Result<MemoryRegion> result = Status(Code::kClosed, "register_memory: the engine is closed");
-  run([&] { result = transport_->register_memory(bytes, kind); });
+  run([&] { result = transport_->register_memory(bytes, dmabuf); });
   return result;
 }
 

@@ -88,8 +88,9 @@ class Transport {
  public:
   virtual ~Transport() = default;
   virtual const Info& info() const = 0;
-  // May be called with bytes registered before. The region stays valid until its last copy is gone.
-  virtual Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind) = 0;
+  // May be called with bytes registered before. The region stays valid until its last copy is gone;
+  // the dmabuf's descriptor may be closed before.
+  virtual Result<MemoryRegion> register_memory(std::span<std::byte> bytes, DmaBuf dmabuf = {}) = 0;
   // Never blocks; kPeerReady or kPeerRefused follows from poll(). Connecting twice to one address
   // gives two peers.
   virtual Result<PeerId> connect(const Address& address) = 0;

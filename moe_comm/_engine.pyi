@@ -125,7 +125,7 @@ class Engine:
     def transport(self) -> str: ...
     @property
     def address(self) -> bytes: ...
-    def register(self, address: int, num_bytes: int) -> int:
+    def register(self, address: int, num_bytes: int, dmabuf: int = -1, offset: int = 0) -> int:
         """Registers host memory; returns the region's number. The caller keeps the memory alive."""
 
     def forget(self, region: int) -> None:

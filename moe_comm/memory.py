@@ -11,6 +11,8 @@ Memory of the engine that a GPU reads and writes itself is pinned by `Pinned`; `
 import contextlib
 import ctypes
 import math
+import mmap
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _engine
+from .errors import TransportError
 
 _thread = threading.local()
 
@@ -56,6 +59,7 @@ def allocated_by(new: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> Itera
 # --- memory that a GPU reaches -------------------------------------------------------------------
 
 _REGISTER_PORTABLE, _REGISTER_MAPPED = 1, 2  # CU_MEMHOSTREGISTER_*
+_RANGE_AS_DMA_BUF = 1  # CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
 _CAN_MAP_HOST_MEMORY, _HOST_REGISTER_SUPPORTED, _STREAM_MEM_OPS, _DMA_BUF_SUPPORTED = (
     19,
     99,
@@ -100,6 +104,34 @@ class Pinned:
 
             with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
                 fused.driver().call("cuMemHostUnregister", fused.WORD(self._address))
+
+
+@contextlib.contextmanager
+def exported(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """(a descriptor of a dmabuf, offset of the first byte in it) of a contiguous CUDA tensor, as NICs take it.
+
+    What took it keeps it; the descriptor is closed here. Raises: TransportError where the driver refuses. Never ran on
+    hardware (2026-11-21).
+    """
+    from .kernels import fused
+
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = -(-(tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE) * mmap.PAGESIZE
+    descriptor = ctypes.c_int(-1)
+    try:
+        with torch.cuda.device(tensor.device):
+            fused.driver().call(
+                "cuMemGetHandleForAddressRange", ctypes.byref(descriptor), fused.WORD(first),
+                ctypes.c_size_t(size), _RANGE_AS_DMA_BUF, fused.WORD(0),
+            )  # fmt: skip
+    except (ImportError, RuntimeError) as error:
+        raise TransportError(
+            f"memory: {tensor.device} exports no dmabuf ({error}): register pinned host memory instead"
+        ) from None
+    try:
+        yield descriptor.value, tensor.data_ptr() - first
+    finally:
+        os.close(descriptor.value)
 
 
 def window_memory() -> tuple[str, str]:

@@ -16,6 +16,7 @@ from . import _engine
 from .arguments import describe
 from .arguments import expect as require
 from .errors import ArgumentError
+from .memory import exported
 
 if TYPE_CHECKING:
     from .engine import TransferEngine
@@ -34,7 +35,11 @@ class Region:
     def __init__(self, engine: "TransferEngine", memory: object, address: int, num_bytes: int):
         self.engine = engine
         self.num_bytes = num_bytes
-        self._number = engine.native.register(address, num_bytes)
+        if isinstance(memory, Tensor) and memory.is_cuda:
+            with exported(memory) as (dmabuf, offset):
+                self._number = engine.native.register(address, num_bytes, dmabuf, offset)
+        else:
+            self._number = engine.native.register(address, num_bytes)
         self._memory: object | None = memory
         self._descriptor = pack_descriptor(engine.id, engine.native.describe(self._number))
 
@@ -88,7 +93,9 @@ def locate(memory: Any) -> tuple[object, int, int]:
     keep: object
     if isinstance(memory, Tensor):
         place = memory.device.type
-        require(place == "cpu", "memory", "a tensor on the CPU", describe(memory))
+        require(
+            place in ("cpu", "cuda"), "memory", "a tensor on the CPU or a GPU", describe(memory)
+        )
         dense = memory.layout == torch.strided and memory.is_contiguous()
         require(dense, "memory", "a contiguous tensor", f"strides {_strides(memory)}")
         address, num_bytes, keep = memory.data_ptr(), memory.numel() * memory.element_size(), memory

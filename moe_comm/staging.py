@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import logging
 import time
 import types
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from . import memory
 from .arguments import Found, describe
 from .dispatch import Dispatched
 from .event import Hook
+
+_log = logging.getLogger(__name__)
 
 SPIN_S, NAP_S = 200e-6, 50e-6  # how long a copy's event is asked without a pause, and the pause
 
@@ -101,6 +104,16 @@ def device_of(value: Any) -> torch.device | None:
     return value.device
 
 
+_said: dict[str, object] = {}
+
+
+def say_mode(kind: str) -> None:
+    """One line in the log, once for a kind of device, whichever thread comes first."""
+    mine = object()
+    if _said.setdefault(kind, mine) is mine:
+        _log.info("%s tensors are host-staged by copy: a Buffer's windows are in host memory", kind)
+
+
 def new_on(device: torch.device, host: Tensor) -> Tensor:
     """Memory of a staged device, of this shape, contents undefined."""
     return DEVICES[device.type].new_device(host, device)
@@ -128,6 +141,7 @@ def staged(
             device = device_of(args[0] if args else kwargs.get(first))
             if device is None:
                 return method(self, *args, **kwargs)
+            say_mode(device.type)
             bound = signature.bind(self, *args, **kwargs)
             stage = _Stage(device)
             try:

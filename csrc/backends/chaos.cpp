@@ -22,8 +22,8 @@ class ChaosTransport final : public Transport {
     info_.wait_fd = -1;  // held writes need our poll
   }
   const Info& info() const override { return info_; }
-  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind) override {
-    return inner_->register_memory(bytes, kind);
+  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) override {
+    return inner_->register_memory(bytes, dmabuf);
   }
   Result<PeerId> connect(const Address& address) override { return inner_->connect(address); }
   void disconnect(PeerId peer) noexcept override {

@@ -88,7 +88,7 @@ class FabricTransport final : public Transport {
   Status start();
 
   const Info& info() const override { return info_; }
-  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind) override;
+  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) override;
   Result<PeerId> connect(const Address& address) override { return peers_.connect(address); }
   void disconnect(PeerId id) noexcept override;
   Status post_write(const WriteRequest& request) override;
@@ -203,8 +203,8 @@ void FabricTransport::add_write() {
   free_writes_.push_back(&write);
 }
 
-Result<MemoryRegion> FabricTransport::register_memory(std::span<std::byte> bytes, MemoryKind kind) {
-  if (kind != MemoryKind::kHost) {
+Result<MemoryRegion> FabricTransport::register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) {
+  if (dmabuf.given()) {
     return Status(Code::kInvalid,
                   info_.name + " registers host memory only: use host-staged windows for a GPU");
   }

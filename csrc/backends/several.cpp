@@ -53,10 +53,10 @@ class SeveralNics final : public Transport {
 
   const Info& info() const override { return info_; }
 
-  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind) override {
+  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) override {
     auto all = std::make_shared<Registered>();
     for (const auto& nic : nics_) {
-      auto region = nic->register_memory(bytes, kind);
+      auto region = nic->register_memory(bytes, dmabuf);
       if (!region.ok()) return region.status();
       all->of_nic.push_back(std::move(region.value()));
     }

@@ -143,8 +143,8 @@ class ShmTransport final : public Transport {
 
   const Info& info() const override { return info_; }
 
-  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind) override {
-    if (kind != MemoryKind::kHost) return Status(Code::kInvalid, "shm registers host memory only");
+  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) override {
+    if (dmabuf.given()) return Status(Code::kInvalid, "shm registers host memory only");
     MemoryRegion region;
     region.bytes = bytes;
     if (auto slice = find_segment(bytes); slice.ok()) {

@@ -65,7 +65,7 @@ class VerbsTransport final : public Transport {
   Status start();
 
   const Info& info() const override { return info_; }
-  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind kind) override;
+  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) override;
   Result<PeerId> connect(const Address& address) override;
   void disconnect(PeerId id) noexcept override;
   Status post_write(const WriteRequest& request) override;
@@ -178,19 +178,16 @@ Status VerbsTransport::post_receives(uint32_t lane, uint32_t count) {
   return rc == 0 ? Status() : Status::from_errno("ibv_post_srq_recv", rc);
 }
 
-Result<MemoryRegion> VerbsTransport::register_memory(std::span<std::byte> bytes, MemoryKind kind) {
-  if (kind != MemoryKind::kHost) {
-    return Status(Code::kInvalid,
-                  info_.name + " registers host memory only: use host-staged windows for a GPU");
-  }
+Result<MemoryRegion> VerbsTransport::register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) {
   if (bytes.empty()) return Status(Code::kInvalid, info_.name + ": cannot register 0 bytes");
-  auto handle = device_->register_bytes(bytes.data(), bytes.size(), true);
+  auto handle = device_->register_bytes(bytes, true, dmabuf);
   if (!handle.ok()) return handle.status().with_prefix(info_.name + ": ");
   MemoryRegion region;
   region.bytes = bytes;
   region.local_key = handle.value().get();
   region.remote_key.value = handle.value()->rkey;
   region.remote_base = reinterpret_cast<uint64_t>(bytes.data());
+  region.of_device = dmabuf.given();
   region.registration = std::make_shared<Registration>(device_, std::move(handle.value()));
   return region;
 }
@@ -242,7 +239,8 @@ Status VerbsTransport::post_write(const WriteRequest& request) {
   }
   work.opcode = request.has_immediate ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
   work.imm_data = htonl(request.immediate.bits);
-  const bool is_inline = request.num_bytes > 0 && request.num_bytes <= lane.max_inline;
+  const bool is_inline =
+      request.num_bytes > 0 && request.num_bytes <= lane.max_inline && !request.local->of_device;
   work.send_flags = is_inline ? IBV_SEND_INLINE : 0;
   work.wr.rdma.remote_addr = request.remote->base + request.remote_offset;
   work.wr.rdma.rkey = static_cast<uint32_t>(request.remote->key.value);

@@ -143,6 +143,7 @@ Result<const VerbsLibrary*> VerbsLibrary::load() {
   };
   VerbsLibrary found;
   find("ibv_reg_mr_iova2", found.reg_mr_iova2);
+  find("ibv_reg_dmabuf_mr", found.reg_dmabuf_mr);
   missing.clear();
   find("ibv_get_device_list", found.get_device_list);
   find("ibv_free_device_list", found.free_device_list);
@@ -296,25 +297,34 @@ Result<std::shared_ptr<VerbsDevice>> VerbsDevice::open(const VerbsSettings& sett
 
 // Relaxed ordering lets the NIC's writes pass each other on PCIe. H4 still holds: completions are
 // not relaxed, and a completion comes after all bytes of its own message.
-Result<VerbsMrHandle> VerbsDevice::register_bytes(void* data, size_t num_bytes, bool remote) const {
+Result<VerbsMrHandle> VerbsDevice::register_bytes(std::span<std::byte> bytes, bool remote,
+                                                  DmaBuf dmabuf) const {
+  const auto address = reinterpret_cast<uint64_t>(bytes.data());
+  const char* call = dmabuf.given() ? "ibv_reg_dmabuf_mr" : "ibv_reg_mr";
   unsigned access = IBV_ACCESS_LOCAL_WRITE | (remote ? IBV_ACCESS_REMOTE_WRITE : 0);
   ibv_mr* region = nullptr;
-  if (library->reg_mr_iova2 != nullptr) {
-    if (settings.relaxed) access |= IBV_ACCESS_RELAXED_ORDERING;  // dropped where it is unknown
-    region =
-        library->reg_mr_iova2(pd.get(), data, num_bytes, reinterpret_cast<uint64_t>(data), access);
+  errno = EOPNOTSUPP;  // of a library that has no such call
+  if (settings.relaxed && (library->reg_mr_iova2 != nullptr || dmabuf.given()))
+    access |= IBV_ACCESS_RELAXED_ORDERING;  // dropped where it is unknown
+  if (dmabuf.given()) {
+    if (library->reg_dmabuf_mr != nullptr)
+      region = library->reg_dmabuf_mr(pd.get(), dmabuf.offset, bytes.size(), address, dmabuf.fd,
+                                      static_cast<int>(access));
+  } else if (library->reg_mr_iova2 != nullptr) {
+    region = library->reg_mr_iova2(pd.get(), bytes.data(), bytes.size(), address, access);
   } else {
-    region = (library->reg_mr)(pd.get(), data, num_bytes, static_cast<int>(access));
+    region = (library->reg_mr)(pd.get(), bytes.data(), bytes.size(), static_cast<int>(access));
   }
-  if (region == nullptr) {
-    const int error = errno;
-    Status status =
-        Status::from_errno("ibv_reg_mr of " + std::to_string(num_bytes) + " bytes", error);
-    if (error != ENOMEM) return status;
-    return Status(Code::kTransport,
-                  status.text() + ": see `ulimit -l`; the bytes are locked in memory");
-  }
-  return VerbsMrHandle(region, {library->dereg_mr});
+  if (region != nullptr) return VerbsMrHandle(region, {library->dereg_mr});
+  const int error = errno;
+  std::string text =
+      Status::from_errno(std::string(call) + " of " + std::to_string(bytes.size()) + " bytes",
+                         error)
+          .text();
+  if (error == ENOMEM) text += ": see `ulimit -l`; the bytes are locked in memory";
+  if (dmabuf.given() && error == EOPNOTSUPP)
+    text += ": this NIC, its driver or libibverbs takes no memory of a GPU; host memory goes";
+  return Status(Code::kTransport, text);
 }
 
 ibv_ah_attr VerbsDevice::route_to(const VerbsPlace& to) const {

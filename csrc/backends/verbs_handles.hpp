@@ -6,10 +6,12 @@
 
 #include <cstdio>
 #include <memory>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "../memory.hpp"
 #include "../status.hpp"
 
 namespace moe_comm {
@@ -61,6 +63,7 @@ struct VerbsLibrary {
   decltype(&::ibv_wc_status_str) wc_status_text = nullptr;
   // Of newer libraries, or null: registers with flags that a kernel may not know.
   ibv_mr* (*reg_mr_iova2)(ibv_pd*, void*, size_t, uint64_t, unsigned int) = nullptr;
+  ibv_mr* (*reg_dmabuf_mr)(ibv_pd*, uint64_t offset, size_t, uint64_t iova, int fd, int) = nullptr;
 
   static Result<const VerbsLibrary*> load();
 };
@@ -107,7 +110,8 @@ struct VerbsDevice {
   PdHandle pd;
 
   static Result<std::shared_ptr<VerbsDevice>> open(const VerbsSettings& settings);
-  Result<VerbsMrHandle> register_bytes(void* data, size_t num_bytes, bool remote) const;
+  Result<VerbsMrHandle> register_bytes(std::span<std::byte> bytes, bool remote,
+                                       DmaBuf dmabuf = {}) const;
   ibv_ah_attr route_to(const VerbsPlace& to) const;
   std::string wc_error(const ibv_wc& wc) const;  // the status's name and text
 };

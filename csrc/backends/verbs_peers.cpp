@@ -78,7 +78,7 @@ Status VerbsPeers::open_datagrams() {
                       0);  // shared: stays the same memory after a fork()
   if (memory == MAP_FAILED) return Status::from_errno("mmap");
   memory_ = Mapping(memory, num_bytes);
-  auto region = device_->register_bytes(memory, num_bytes, false);
+  auto region = device_->register_bytes(memory_.bytes(), false);
   if (!region.ok()) return region.status();
   region_ = std::move(region.value());
 

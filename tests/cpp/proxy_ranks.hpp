@@ -41,7 +41,7 @@ struct Rank {
   explicit Rank(uint64_t seed, ProxyOptions options = {}, size_t num_bytes = 1 << 20)
       : memory(value_of(SharedSegment::create("test", num_bytes))),
         proxy(open_transport(seed), options) {
-    region = value_of(proxy.register_memory(memory.bytes(), MemoryKind::kHost));
+    region = value_of(proxy.register_memory(memory.bytes()));
     remote = describe(region);
   }
   uint32_t connect(const Address& address) {

@@ -209,7 +209,7 @@ class Puppet final : public Transport {
     info_.capabilities = strings.capabilities;
   }
   const Info& info() const override { return info_; }
-  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, MemoryKind) override {
+  Result<MemoryRegion> register_memory(std::span<std::byte> bytes, DmaBuf) override {
     MemoryRegion region;
     region.bytes = bytes;
     return region;

@@ -227,7 +227,7 @@ void user_writes_and_immediates() {
           b.proxy.take_immediates(0x7fffffff, 1, 0.0));
 
     std::vector<std::byte> plain(3 << 20);  // not a segment: written through the kernel
-    const MemoryRegion region = value_of(b.proxy.register_memory(plain, MemoryKind::kHost));
+    const MemoryRegion region = value_of(b.proxy.register_memory(plain));
     const RemoteRegion remote = describe(region);
     expect_end(
         *a.proxy.submit({{peer, &a.region, 0, kBytes, &remote, (2 << 20) - 500, true, 5}}, nullptr),
@@ -333,8 +333,7 @@ void stop_during_traffic() {
     for (std::thread& thread : threads) thread.join();
     CHECK_OK(a->proxy.fault());
     CHECK(a->proxy.connect(b->proxy.info().address).status().code() == Code::kClosed);
-    CHECK(a->proxy.register_memory(a->memory.bytes(), MemoryKind::kHost).status().code() ==
-          Code::kClosed);
+    CHECK(a->proxy.register_memory(a->memory.bytes()).status().code() == Code::kClosed);
     CHECK(a->proxy.open_channel({}).status().code() == Code::kClosed);
     CHECK(a->proxy.open_row({}, 2).status().code() == Code::kClosed);
     a->proxy.disconnect(peer);

@@ -1,6 +1,10 @@
 // transport_suite: sleeping and waking, peers that go, keys that are wrong, closing.
+#include <fcntl.h>
+#include <linux/udmabuf.h>
 #include <poll.h>
 #include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 
 #include "transport_node.hpp"
@@ -297,6 +301,63 @@ void withdrawn_region(Hub& hub) {  // a released registration: its key no longer
   node.barrier();
 }
 
+// A dmabuf is taken, and written from and to; or refused, and nothing else is lost. Without a GPU
+// its pages are those of a memfd: /dev/udmabuf exports them. Where there is none, what is given is
+// no dmabuf at all.
+void device_memory(Hub& hub) {
+  constexpr size_t kBytes = 1 << 20;
+  Node node(hub);
+  node.connect_all();
+  Buffer buffer(*node.transport, kBytes);
+  const auto remote = node.swap_regions(buffer);
+  const FileDescriptor memory(memfd_create("device_memory", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  CHECK(memory.get() >= 0 && ftruncate(memory.get(), kBytes) == 0);
+  CHECK(fcntl(memory.get(), F_ADD_SEALS, F_SEAL_SHRINK) == 0);
+  Mapping mapping(mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory.get(), 0),
+                  kBytes);
+  const FileDescriptor exporter(open("/dev/udmabuf", O_RDWR | O_CLOEXEC));
+  udmabuf_create pages{};
+  pages.memfd = static_cast<uint32_t>(memory.get());
+  pages.flags = UDMABUF_FLAGS_CLOEXEC;
+  pages.size = kBytes;
+  const FileDescriptor exported(exporter.get() < 0 ? -1
+                                                   : ioctl(exporter.get(), UDMABUF_CREATE, &pages));
+  const bool is_dmabuf = exported.get() >= 0;
+  auto region = node.transport->register_memory(
+      mapping.bytes(), DmaBuf{is_dmabuf ? exported.get() : memory.get(), 0});
+  std::printf("  dmabuf: %s, %s\n", is_dmabuf ? "of udmabuf" : "none here",
+              region.ok() ? "taken" : region.status().text().c_str());
+  const bool taken = region.ok();
+  if (taken) {
+    CHECK(is_dmabuf, "took what is no dmabuf");
+    Buffer device(std::move(mapping), std::move(region.value()));
+    const auto there = node.swap_regions(device);
+    const int other = 1 - node.rank;
+    device.fill(static_cast<uint64_t>(node.rank), 0, kBytes / 2);  // one half each
+    for (const size_t size : {size_t{16}, kBytes / 2}) {           // 16: a host's goes inline
+      node.write(node.peers[other], {&device, 0, size, &there[other], kBytes / 2}, 1);
+      node.expect_all_ok();
+    }
+    CHECK(node.wait(20, [&] { return node.immediates.size() == 2; }));
+    node.barrier();
+    CHECK(device.holds(static_cast<uint64_t>(other), kBytes / 2, kBytes / 2), "other bytes");
+    node.barrier();
+    return;
+  }
+  const std::string& text = region.status().text();
+  const bool by_verbs = backend.rfind("verbs", 0) == 0;
+  CHECK(text.find(by_verbs ? "ibv_reg_dmabuf_mr" : "host memory only") != std::string::npos, text);
+  if (node.rank == 0) {
+    buffer.fill(3, 0, kBytes);
+    node.write(node.peers[1], {&buffer, 0, kBytes, &remote[1], 0}, 1);
+    node.expect_all_ok();
+  } else {
+    CHECK(node.wait(20, [&] { return node.immediates.size() == 1; }));
+    CHECK(buffer.holds(3, 0, kBytes), "other bytes");
+  }
+  node.barrier();
+}
+
 void close_in_traffic(Hub& hub) {  // closing with writes under way harms nobody else
   Node node(hub);
   node.connect_all();
@@ -377,6 +438,7 @@ constexpr Case kCases[] = {
     {"killed_writer", 3, killed_writer, 1u << 1},
     {"bad_key", 2, bad_key},
     {"withdrawn_region", 2, withdrawn_region},
+    {"device_memory", 2, device_memory},
     {"close_in_traffic", 3, close_in_traffic},
     {"open_and_close", 1, open_and_close},
     {"nothing_left", 1, nothing_left},

@@ -72,10 +72,12 @@ class Buffer {
       segment_ = std::make_unique<SharedSegment>(std::move(segment.value()));
       bytes_ = segment_->bytes().first(num_bytes);
     }
-    auto region = transport.register_memory(bytes_, MemoryKind::kHost);
+    auto region = transport.register_memory(bytes_);
     CHECK(region.ok(), region.status().text());
     region_ = std::move(region.value());
   }
+  Buffer(Mapping mapping, MemoryRegion region)
+      : mapping_(std::move(mapping)), bytes_(mapping_.bytes()), region_(std::move(region)) {}
   std::byte* data() const { return bytes_.data(); }
   size_t size() const { return bytes_.size(); }
   const MemoryRegion& region() const { return region_; }

@@ -430,3 +430,14 @@ def test_closed(device):
     case = on_device(device, make_case(1, hidden=128, tokens=[4]))
     with pytest.raises(moe_comm.ClosedError):
         dispatch(buffer, case, 0)
+
+
+def test_the_log_says_so_once(device, run_threads, caplog):
+    staging._said.clear()
+    kind = device.put(torch.zeros(1)).device.type
+    case = on_device(device, make_case(2, hidden=128, tokens=[4, 3]))
+    with caplog.at_level("INFO", logger="moe_comm.staging"):
+        run_threads(lambda buffer, rank: [dispatch(buffer, case, rank) for _ in range(2)], 2)
+    assert [r.message for r in caplog.records if "host-staged by copy" in r.message] == [
+        f"{kind} tensors are host-staged by copy: a Buffer's windows are in host memory"
+    ]

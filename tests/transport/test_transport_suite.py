@@ -101,6 +101,7 @@ def backend(request, suite) -> Backend:
 @pytest.mark.parametrize("case", CASES)
 def test_case(backend, case):
     done = backend.run(case, timeout=CASE_S)
+    print(done.stdout)
     assert done.returncode == 0, done.stderr + done.stdout
 
 
