@@ -15,13 +15,31 @@ namespace host_block {
 
 using moe_comm::Command;
 
+struct HostAccess {  // to words that others write: what kernels' Device has for CUDA
+  uint64_t fetch_add(uint64_t* word) {
+    return std::atomic_ref(*word).fetch_add(1, std::memory_order_relaxed);
+  }
+  uint64_t load_acquire(const uint64_t* word) {
+    return std::atomic_ref(*const_cast<uint64_t*>(word)).load(std::memory_order_acquire);
+  }
+  void store_release(uint64_t* word, uint64_t value) {
+    std::atomic_ref(*word).store(value, std::memory_order_release);
+  }
+  uint64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+  }
+  void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+};
+
 struct Shared {  // of one block
   explicit Shared(uint64_t num_threads) : barrier(static_cast<std::ptrdiff_t>(num_threads)) {}
   std::barrier<> barrier;
   std::atomic<uint64_t> votes{0};
 };
 
-struct HostBlock {
+struct HostBlock : HostAccess {
   Shared& shared;
   uint64_t index_, num_blocks_, thread_, num_threads_;
 
@@ -41,25 +59,10 @@ struct HostBlock {
   uint64_t arrive(uint64_t* word) {
     return std::atomic_ref(*word).fetch_add(1, std::memory_order_acq_rel);
   }
-  uint64_t fetch_add(uint64_t* word) {
-    return std::atomic_ref(*word).fetch_add(1, std::memory_order_relaxed);
-  }
-  uint64_t load_acquire(const uint64_t* word) {
-    return std::atomic_ref(*const_cast<uint64_t*>(word)).load(std::memory_order_acquire);
-  }
-  void store_release(uint64_t* word, uint64_t value) {
-    std::atomic_ref(*word).store(value, std::memory_order_release);
-  }
   void store_command(Command* slot, const Command& command) {
     store_release(&slot->word1, command.word1);
     store_release(&slot->word0, command.word0);
   }
-  uint64_t now_ns() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-  }
-  void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
   void pause() { std::this_thread::yield(); }
   template <class T>
   T multiply(T a, T b) const {
@@ -83,7 +86,7 @@ inline void launch(uint64_t num_blocks, uint64_t num_threads, Function kernel) {
     shared.push_back(std::make_unique<Shared>(num_threads));
     for (uint64_t t = 0; t < num_threads; ++t) {
       threads.emplace_back([&kernel, &shared = *shared.back(), b, t, num_blocks, num_threads] {
-        HostBlock block{shared, b, num_blocks, t, num_threads};
+        HostBlock block{{}, shared, b, num_blocks, t, num_threads};
         kernel(block);
       });
     }

@@ -18,6 +18,7 @@
 #include "../../csrc/ring.hpp"
 #include "../../kernels/ring.cuh"
 #include "../cpp/check.hpp"
+#include "host_block.hpp"
 
 using namespace moe_comm;
 
@@ -60,16 +61,7 @@ std::vector<uint64_t> starts_of(uint32_t num_slots) {
 
 void nap() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }  // there may be one core
 
-struct Host {  // what Device is for CUDA
-  uint64_t fetch_add(uint64_t* word) {
-    return std::atomic_ref(*word).fetch_add(1, std::memory_order_relaxed);
-  }
-  uint64_t load_acquire(const uint64_t* word) {
-    return std::atomic_ref(*const_cast<uint64_t*>(word)).load(std::memory_order_acquire);
-  }
-  void store_release(uint64_t* word, uint64_t value) {
-    std::atomic_ref(*word).store(value, std::memory_order_release);
-  }
+struct Host : host_block::HostAccess {
   void store_command(Command* slot, const Command& command) {
     uint64_t* words[] = {&slot->word0, &slot->word1};
     const uint64_t values[] = {command.word0, command.word1};
@@ -78,12 +70,6 @@ struct Host {  // what Device is for CUDA
       store_release(words[i], values[i]);
       if ((turn & 6) == 0) std::this_thread::yield();
     }
-  }
-  void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-  uint64_t now_ns() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch())
-        .count();
   }
   void pause() { nap(); }
   unsigned turn = 0;
