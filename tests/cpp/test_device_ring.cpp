@@ -52,7 +52,7 @@ class Gpu {
   template <class Function>
   WaitStatus on_one_thread(Function kernel) {
     host_block::Shared shared(1);
-    HostBlock block{shared, 0, 1, 0, 1};
+    HostBlock block{{}, shared, 0, 1, 0, 1};
     return kernel(block);
   }
   Proxy* proxy_;
