@@ -35,6 +35,7 @@ install = $(foreach folder,$(1), \
 
 FAULTS := tests/faults tests/ep/test_faults.py tests/ep/test_generations.py tests/ep/test_generation_soak.py \
     tests/cpp/test_sanitized.py
+THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange hooks handles wrong_input autograd generations faults))
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -68,12 +69,13 @@ test-clients: ## the frameworks that use this package, and DeepEP's interface
 	    echo "not installed here, what needs it will be skipped: mpi4py mpich" >&2
 	@PYTHONPATH=$(CURDIR)/build/frameworks $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
 
-test-kernels: ## device code, without a device: Triton interpreted and compiled, CUDA compiled (at most 6 minutes)
+test-kernels: ## device code, without a device: Triton interpreted, CUDA as host code, both compiled (at most 8 minutes)
 	@.dev/setup.sh test
 	@$(call install,kernels-site)
 	@PYTHONPATH=$(CURDIR)/build/kernels-site \
 	    LD_LIBRARY_PATH=$(CURDIR)/build/kernels-site/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
 	    $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
+	@$(PYTEST) -q -ra --maxfail=5 --durations=5 --through kernels $(THROUGH_KERNELS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped

@@ -175,7 +175,7 @@ class Inputs:
             windows=fused.table(addresses, torch.int64, device).data_ptr(),
             lanes=fused.table(tuple(range(RANKS)), torch.int32, device).data_ptr(), num_local=RANKS,
             commits=fused.table((words[3:].data_ptr(),) * RANKS, torch.int64, device).data_ptr(),
-            arrived=words.data_ptr(), status=words[2:].data_ptr(),
+            epoch=words[4:].data_ptr(), arrived=words.data_ptr(), status=words[2:].data_ptr(),
         )  # fmt: skip
         fused.launch(
             "moe_comm_dispatch_send", arguments, device=device, num_blocks=num_blocks,

@@ -207,8 +207,31 @@ struct Header {
   char text[kHeaderTextBytes];
 };
 
-// --- words a GPU or a CPU thread waits for
-// --------------------------------------------------------
+// Order matters: digest of a sequence = mix of the digest so far and the next word.
+constexpr uint64_t kDigestSeed = 0xcbf29ce484222325ull;
+
+MOE_COMM_HOST_DEVICE inline uint64_t mix_digest(uint64_t digest, uint64_t word) {
+  digest = (digest ^ word) * 0x9e3779b97f4a7c15ull;
+  return digest ^ (digest >> 29);
+}
+
+// What Header::counts says of a digest; never 0.
+MOE_COMM_HOST_DEVICE inline uint32_t counts_digest(uint64_t digest) {
+  return static_cast<uint32_t>(digest >> 32) | 1u;
+}
+
+constexpr uint32_t kHeaderWords = kHeaderBytes / 8;
+constexpr uint32_t kCheckWord = 11;  // of a Header: `check`
+
+// Header::check of a header, as its words.
+MOE_COMM_HOST_DEVICE inline uint64_t header_digest(const uint64_t* words) {
+  uint64_t digest = kDigestSeed;
+  for (uint32_t i = 0; i < kHeaderWords; ++i)
+    digest = mix_digest(digest, i == kCheckWord ? 0 : words[i]);
+  return digest;
+}
+
+// --- words a GPU or a CPU thread waits for -------------------------------------------------------
 
 // NOTE [heartbeat word] count · 4 | state. Written by the rank itself (into its own control block,
 // and into the one of each link peer), so a reader learns in one load whether it lives and whether
@@ -223,7 +246,7 @@ static_assert(sizeof(DeviceRing) == 56);
 static_assert(sizeof(Immediate) == 4);
 static_assert(sizeof(Agreed) == 40);
 static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, agreed) == 40 &&
-              offsetof(Header, text) == 96);
+              offsetof(Header, check) == 8 * kCheckWord && offsetof(Header, text) == 96);
 #endif
 
 }  // namespace moe_comm

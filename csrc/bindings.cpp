@@ -99,15 +99,6 @@ T* at(uintptr_t address) {  // 0: null
   return reinterpret_cast<T*>(address);
 }
 
-// What calls of the same shapes share, checked and computed once.
-struct CallFormat {
-  ExchangeKind kind;
-  RowFormat row;
-  Agreed agreed;
-  uint32_t capacity;
-  bool cached, expand;
-};
-
 void bind_call(py::module_& m) {
   py::class_<CallFormat>(m, "CallFormat")
       .def(py::init([](uint32_t kind, const std::array<uint32_t, 8>& row, uint32_t num_experts,
@@ -246,29 +237,30 @@ void bind_call(py::module_& m) {
 
 void bind_exchange(py::module_& m) {
   using Self = Exchange;
-  py::class_<Self>(m, "Exchange")
-      .def(py::init([](Engine& engine, const py::dict& shape, const py::dict& offsets,
-                       uint64_t first_epoch) {
-             GroupShape s;
-             s.rank = shape["rank"].cast<uint32_t>();
-             s.num_ranks = shape["num_ranks"].cast<uint32_t>();
-             s.num_nodes = shape["num_nodes"].cast<uint32_t>();
-             s.node_ranks = shape["node_ranks"].cast<uint32_t>();
-             s.hops_node = shape["hops_node"].cast<bool>();
-             s.node_of = shape["node_of"].cast<std::vector<uint32_t>>();
-             s.local_of = shape["local_of"].cast<std::vector<uint32_t>>();
-             s.rank_of = shape["rank_of"].cast<std::vector<uint32_t>>();
-             s.absent = shape["absent"].cast<std::vector<bool>>();
-             s.mask_lost = shape["mask_lost"].cast<bool>();
-             WindowOffsets o;
-             const auto at = [&](const char* name) { return offsets[name].cast<uint64_t>(); };
-             o = {at("beats"), at("commits"), at("releases"), at("sents"), at("slots"),
-                  at("links"), at("sends"),   at("stride"),   at("total")};
-             auto made =
-                 unlocked([&] { return Exchange::create(engine, std::move(s), o, first_epoch); });
-             return check(std::move(made));
-           }),
-           py::keep_alive<1, 2>())
+  py::class_<Self> c(m, "Exchange");
+  bind_kernel_view(c);
+  c.def(py::init([](Engine& engine, const py::dict& shape, const py::dict& offsets,
+                    uint64_t first_epoch) {
+          GroupShape s;
+          s.rank = shape["rank"].cast<uint32_t>();
+          s.num_ranks = shape["num_ranks"].cast<uint32_t>();
+          s.num_nodes = shape["num_nodes"].cast<uint32_t>();
+          s.node_ranks = shape["node_ranks"].cast<uint32_t>();
+          s.hops_node = shape["hops_node"].cast<bool>();
+          s.node_of = shape["node_of"].cast<std::vector<uint32_t>>();
+          s.local_of = shape["local_of"].cast<std::vector<uint32_t>>();
+          s.rank_of = shape["rank_of"].cast<std::vector<uint32_t>>();
+          s.absent = shape["absent"].cast<std::vector<bool>>();
+          s.mask_lost = shape["mask_lost"].cast<bool>();
+          WindowOffsets o;
+          const auto at = [&](const char* name) { return offsets[name].cast<uint64_t>(); };
+          o = {at("beats"), at("commits"), at("releases"), at("sents"), at("slots"),
+               at("links"), at("sends"),   at("stride"),   at("total")};
+          auto made =
+              unlocked([&] { return Exchange::create(engine, std::move(s), o, first_epoch); });
+          return check(std::move(made));
+        }),
+        py::keep_alive<1, 2>())
       .def_property_readonly("segment", [](Self& self) { return to_tuple(self.segment()); })
       .def_property_readonly("region", [](Self& self) { return to_bytes(self.region()); })
       .def("open_rows",

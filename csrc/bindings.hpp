@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine.hpp"
+#include "exchange.hpp"
 #include "status.hpp"
 
 namespace moe_comm {
@@ -30,6 +31,16 @@ auto unlocked(F&& function) {
 
 std::vector<std::byte> from_bytes(const pybind11::bytes& bytes);
 
+// What calls of the same shapes share, checked and computed once.
+struct CallFormat {
+  ExchangeKind kind;
+  RowFormat row;
+  Agreed agreed;
+  uint32_t capacity;
+  bool cached, expand;
+};
+
+void bind_kernel_view(pybind11::class_<Exchange>& exchange);              // bindings_rings.cpp
 void bind_rows(pybind11::module_& m);                                     // bindings_rows.cpp
 void bind_rings(pybind11::module_& m, pybind11::class_<Engine>& engine);  // bindings_rings.cpp
 

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -31,7 +32,7 @@ uint32_t open_channel(Engine& engine, uint32_t peer, uint64_t region, const py::
 
 uint32_t open_wait(Engine& engine, const std::string& what, const std::string& who,
                    const std::vector<Source>& sources, const std::vector<uint32_t>& channels) {
-  Wait wait{what, who, {}, channels};
+  Wait wait{what, "all", who, {}, channels};
   for (const auto& [words, peer, name, beat] : sources) {
     const uint32_t number = peer < 0 ? ~0u : static_cast<uint32_t>(peer);
     wait.sources.push_back({{at(words), at(words) + 1}, number, name, at(beat)});
@@ -46,7 +47,65 @@ std::shared_ptr<MappedRing> attach_ring(Engine& engine, uint32_t num_slots, uint
   return ring;
 }
 
+// A call of this format by kernels; `text`: of an error that this rank raises.
+Call call_of(const CallFormat& format, const std::string& text) {
+  Call call;
+  call.kind = format.kind;
+  call.agreed = format.agreed;
+  if (!text.empty()) call.error = {Code::kInvalid, text};
+  return call;
+}
+
+template <typename T>
+std::vector<uintptr_t> addresses_of(const std::vector<T*>& pointers) {
+  std::vector<uintptr_t> out;
+  for (const T* pointer : pointers) out.push_back(address_of(pointer));
+  return out;
+}
+
 }  // namespace
+
+void bind_kernel_view(py::class_<Exchange>& exchange) {
+  exchange
+      // What KernelView holds, addresses as numbers: banks have (out, in, commits, releases,
+      // links).
+      .def("open_view",
+           [](Exchange& self) {
+             const KernelView view = check(unlocked([&] { return self.open_view(); }));
+             py::dict d;
+             py::list banks, segments;
+             for (const KernelView::Bank& b : view.banks) {
+               banks.append(py::make_tuple(addresses_of(b.out), addresses_of(b.in),
+                                           addresses_of(b.commits), addresses_of(b.releases),
+                                           b.links));
+             }
+             for (const auto& bytes : view.segments)
+               segments.append(py::make_tuple(address_of(bytes.data()), bytes.size()));
+             d["banks"] = banks;
+             d["segments"] = segments;
+             d["links"] = view.links;
+             d["local"] = view.local;
+             d["credits"] = view.credits;
+             d["rows"] = view.rows;
+             return d;
+           })
+      .def("header_like",
+           [](const Exchange& self, const CallFormat& format, const std::string& text) {
+             const Header header = self.header_like(call_of(format, text));
+             return py::bytes(reinterpret_cast<const char*>(&header), sizeof header);
+           })
+      .def("blame", &Exchange::blame)
+      .def("judge", [](Exchange& self, const CallFormat& format, const py::bytes& header,
+                       uint64_t epoch, uint32_t source, uint64_t identity) {
+        Header parsed{};
+        const auto bytes = from_bytes(header);
+        if (bytes.size() != sizeof parsed) throw py::value_error("header");
+        std::memcpy(&parsed, bytes.data(), sizeof parsed);
+        Call call = call_of(format, "");
+        call.agreed.identity = identity;
+        check(self.judge(call, parsed, epoch, source));
+      });
+}
 
 void bind_rings(py::module_& m, py::class_<Engine>& engine) {
   using Self = MappedRing;
@@ -73,6 +132,7 @@ void bind_rings(py::module_& m, py::class_<Engine>& engine) {
              return std::make_tuple(ended, word_at(word.status).load(std::memory_order_relaxed));
            })
       .def("raise_fault", [](Self& self) { check(self.fault()); })
+      .def_property_readonly("blamed", &Self::blamed)
       .def("stats", [](Self& self) {
         const RingStats& s = self.stats();
         py::dict d;

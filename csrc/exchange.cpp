@@ -14,23 +14,20 @@ constexpr double kFailedGrace = 0.5;  // and of one that gave up: its peers are 
 constexpr uint64_t kBeatAt = 64;      // offset of the own heartbeat word; the doorbell lies at 0
 constexpr uint64_t kBlameAt = sizeof(Counter);  // of the blame word, from a heartbeat word
 
-uint64_t digest_of(std::span<const std::byte> bytes) {  // a multiple of 8
-  uint64_t word = 0, digest = 0xcbf29ce484222325;
-  for (size_t at = 0; at < bytes.size(); at += sizeof word) {
-    std::memcpy(&word, bytes.data() + at, sizeof word);
-    digest = (digest ^ word) * 0x9e3779b97f4a7c15;
-    digest ^= digest >> 29;
+uint32_t digest_of_counts(std::span<const std::byte> counts) {  // a multiple of 8 bytes
+  if (counts.empty()) return 0;
+  uint64_t digest = kDigestSeed, word = 0;
+  for (size_t at = 0; at < counts.size(); at += sizeof word) {
+    std::memcpy(&word, counts.data() + at, sizeof word);
+    digest = mix_digest(digest, word);
   }
-  return digest;
+  return counts_digest(digest);
 }
 
-uint32_t digest_of_counts(std::span<const std::byte> counts) {
-  return counts.empty() ? 0 : static_cast<uint32_t>(digest_of(counts) >> 32) | 1;
-}
-
-uint64_t digest_of(Header header) {
-  header.check = 0;
-  return digest_of(std::as_bytes(std::span(&header, 1)));
+uint64_t digest_of(const Header& header) {
+  uint64_t words[kHeaderWords];
+  std::memcpy(words, &header, sizeof words);
+  return header_digest(words);
 }
 }  // namespace
 
@@ -172,6 +169,7 @@ void Exchange::start() {
 
 Exchange::~Exchange() {
   (void)close(0);
+  for (const uint32_t wait : waits_) engine_.proxy().close_channel(wait);
   for (const Link& link : links_) {
     if (link.present) {
       engine_.proxy().close_channel(link.window_channel);
@@ -213,6 +211,12 @@ Status Exchange::drain(double seconds) {
         }
         backoff.step();
       }
+    }
+    const std::array channels{links_[r].window_channel, links_[r].release_channel};
+    while (links_[r].present && !engine_.proxy().all_sent(channels) &&  // what kernels pushed, too
+           engine_.proxy().peer_state(links_[r].engine_peer) == PeerState::kReady &&
+           seconds_since(start) <= seconds) {
+      backoff.step();
     }
   }
   return {};

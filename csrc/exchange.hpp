@@ -14,6 +14,7 @@
 // and a rank that calls dispatch while another calls combine is seen at once.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -147,6 +148,20 @@ struct ExchangeStats {  // payload rows and bytes this rank stored (its node) or
   std::atomic<uint64_t> rows_local{0}, bytes_local{0}, rows_link{0}, bytes_link{0}, writes_link{0};
 };
 
+// What kernels need to be this rank of an exchange of pairs: addresses in this process.
+struct KernelView {
+  struct Bank {
+    std::vector<std::byte*> out,
+        in;  // [R] windows: written for a rank, written by it; null: absent
+    std::vector<Counter*> commits, releases;     // [local] words there, set by this rank
+    std::vector<std::array<uint64_t, 4>> links;  // [links] as kernels/dispatch.cuh: Link
+  };
+  std::array<Bank, kNumBanks> banks;
+  std::vector<uint32_t> links, local;          // ranks on other nodes; of mine, and this one
+  std::vector<std::span<std::byte>> segments;  // that all those addresses are in
+  std::array<uint32_t, 3> credits{}, rows{};   // waits to write, to read, by ExchangeKind
+};
+
 class Exchange {
  public:
   static Result<std::unique_ptr<Exchange>> create(Engine& engine, GroupShape shape,
@@ -163,6 +178,13 @@ class Exchange {
   Status map_peer(uint32_t rank, const SegmentName& name);
   Status link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegion& region, Rows rows);
   void start();
+
+  // --- instead of calls: kernels are this rank
+  Result<KernelView> open_view();  // once, after start()
+  Header header_like(const Call& call) const { return make_header(call, 0); }
+  // What is wrong with a header that a kernel did not take.
+  Status judge(const Call& call, const Header& header, uint64_t epoch, uint32_t source);
+  void blame(uint32_t rank);
 
   // --- a call
   uint32_t num_lanes() const { return num_lanes_; }
@@ -245,7 +267,6 @@ class Exchange {
   Status look_at_peer(const Waited& waited, Seen& seen, Clock::time_point start);
   std::string name_of(uint32_t rank) const;
   Status damaged(uint32_t writer) const;
-  void blame(uint32_t rank);
   std::string describe(const Waited& waited, double seconds) const;
 
   // sending
@@ -300,6 +321,7 @@ class Exchange {
   uint64_t heartbeat_ = 0;
   bool linked_ = false;  // to any rank: else the proxy has nothing that a wait could help with
   bool started_ = false;
+  std::vector<uint32_t> waits_;  // opened for kernels
   std::atomic<bool> closing_{false}, closed_{false};
   Fault fault_;
   std::atomic<uint64_t> blamed_{0};  // 1 + the rank that the first failed wait was for; 0: none

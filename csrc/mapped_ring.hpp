@@ -38,13 +38,16 @@ struct WaitSource {
   // As RowTarget has them: the newest complete epoch of each bank. Written by this proxy (rows of a
   // link) or by a rank of the node (its commit words).
   Counter* words[kNumBanks] = {nullptr, nullptr};
-  uint32_t peer = ~0u;  // of the engine: lost, it will not come; ~0: none
-  std::string who;      // "rank 7 (node 1)"
-  Counter* beat{};      // [heartbeat word] of its rank, as it is here; null: none
+  uint32_t peer = ~0u;            // of the engine: lost, it will not come; ~0: none
+  std::string who;                // "rank 7 (node 1)"
+  Counter* beat{};                // [heartbeat word] of its rank, as it is here; null: none
+  const ProcessWatch* process{};  // of a rank of this host; null: not known
+  uint32_t rank = ~0u;            // to be blamed; ~0: nobody
 };
 struct Wait {
-  std::string what;  // "dispatch"
-  std::string who;   // waits: "rank 3"
+  std::string what;           // "dispatch"
+  std::string lacks = "all";  // "header": what is not seen of a source
+  std::string who;            // waits: "rank 3"
   std::vector<WaitSource> sources;
   std::vector<uint32_t> channels;  // whose writes of the epoch's bank must have ended, too
 };
@@ -63,6 +66,7 @@ class MappedRing {
   ArmedWord* words() const { return words_; }
   DeviceRing view(uint64_t* reserved, uint64_t* taken_seen) const;
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
+  uint64_t blamed() const { return blamed_.load(); }  // 1 + the rank that ended it; 0: nobody
   const RingStats& stats() const { return stats_; }
 
  private:
@@ -73,7 +77,8 @@ class MappedRing {
     size_t next = 0;  // sources before it are complete
     Clock::time_point start, deadline;
     uint64_t beat = ~0ull;  // of that source, as last seen
-    Clock::time_point beat_at{};
+    Clock::time_point beat_at{}, watched_at{};
+    uint64_t blamed = 0;  // as MappedRing::blamed
   };
 
   MappedRing(const RingOptions& options, Mapping memory);
@@ -95,6 +100,7 @@ class MappedRing {
   uint64_t seen_next_ = ~0ull;  // then
   Clock::time_point moved_{};   // when `next` was last another
   Fault fault_;
+  std::atomic<uint64_t> blamed_{0};
   RingStats stats_;
 };
 

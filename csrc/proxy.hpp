@@ -146,6 +146,7 @@ class Proxy {
   // Waits until more than `seen` user immediates arrived since the proxy began, of any value;
   // returns how many did.
   uint64_t wait_immediates(uint64_t seen, double seconds);
+  bool all_sent(std::span<const uint32_t> channels);  // whose commands were taken
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
   const ProxyStats& stats() const { return stats_; }
   uint64_t dropped_immediates();

@@ -132,6 +132,16 @@ void Proxy::close_channel(uint32_t channel) {
   });
 }
 
+bool Proxy::all_sent(std::span<const uint32_t> channels) {
+  bool sent = true;
+  run([&] {
+    for (const uint32_t c : channels) {
+      for (const uint32_t unsent : channels_[c].unsent) sent &= !channels_[c].open || unsent == 0;
+    }
+  });
+  return sent;
+}
+
 Result<uint32_t> Proxy::open_row(RowTarget target, uint64_t first_epoch) {
   Result<uint32_t> result = Status(Code::kClosed, "open_row: the engine is closed");
   run([&] { result = rows_.open(std::move(target), first_epoch); });

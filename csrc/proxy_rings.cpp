@@ -118,7 +118,7 @@ Status Proxy::begin(MappedRing& ring, const Command& command, Clock::time_point 
     const auto limit =
         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
     ring.is_armed_[arm.word_idx] = 1;
-    ring.armed_.push_back({arm, 0, now, now + limit, ~0ull, now});
+    ring.armed_.push_back({arm, 0, now, now + limit, ~0ull, now, now, 0});
     ring.stats_.armed.fetch_add(1, std::memory_order_relaxed);
     return {};
   }
@@ -147,7 +147,10 @@ bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
       continue;
     }
     const uint32_t word_idx = armed.arm.word_idx;
-    if (!why.ok() && failure.ok()) failure = std::move(why);
+    if (!why.ok() && failure.ok()) {
+      failure = std::move(why);
+      ring.blamed_ = armed.blamed;
+    }
     ring.armed_[i] = ring.armed_.back();
     ring.armed_.pop_back();
     ring.is_armed_[word_idx] = 0;
@@ -185,9 +188,11 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOpt
     const auto found = std::find_if(wait.channels.begin(), wait.channels.end(), busy);
     if (found == wait.channels.end()) return kWaitOk;
     if (now < armed.deadline) return std::nullopt;
+    armed.blamed = 0;
     missing = "its own writes on channel " + std::to_string(*found);
   } else {
     const WaitSource& source = wait.sources[armed.next];
+    armed.blamed = source.rank + 1u;  // ~0: nobody
     const std::string lost = why_lost(source, armed, options, now);
     if (!lost.empty()) {
       if (complete(source)) return std::nullopt;  // it came while we looked
@@ -206,21 +211,31 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOpt
 std::string Proxy::why_lost(const WaitSource& source, MappedRing::Armed& armed,
                             const RingOptions& options, Clock::time_point now) const {
   const bool linked = source.peer < peers_.size();
-  if (linked && peers_[source.peer].state.load(std::memory_order_relaxed) == PeerState::kLost)
-    return "the connection ended: " + peers_[source.peer].lost.status().text();
-  if (!source.beat) return {};
-  const uint64_t beat = word_at(*source.beat).load(std::memory_order_acquire);
-  if (beat != armed.beat) {
-    armed.beat = beat;
-    armed.beat_at = now;
+  const bool cut =
+      linked && peers_[source.peer].state.load(std::memory_order_relaxed) == PeerState::kLost;
+  double silent_s = 0;
+  if (source.beat) {
+    const uint64_t beat = word_at(*source.beat).load(std::memory_order_acquire);
+    if (beat != armed.beat) {
+      armed.beat = beat;
+      armed.beat_at = now;
+    }
+    silent_s = std::chrono::duration<double>(now - armed.beat_at).count();
+    if (const uint64_t state = beat & 15u; state != kAlive) {
+      if (linked && !cut && silent_s < kLastWords) return {};
+      if (!(state & kFailed)) return "it closed its Buffer";
+      const uint64_t blamed = word_at(source.beat[1]).load(std::memory_order_relaxed);
+      armed.blamed = blamed;
+      return blamed ? "it gave up on rank " + std::to_string(blamed - 1)
+                    : "it gave up after a fault of its own";
+    }
   }
-  const double seconds = std::chrono::duration<double>(now - armed.beat_at).count();
-  const uint64_t state = beat & 15u;
-  if (state != kAlive) {
-    if (linked && seconds < kLastWords) return {};
-    return state & kFailed ? "it gave up after a fault of its own" : "it closed its Buffer";
+  if (cut) return "the connection ended: " + peers_[source.peer].lost.status().text();
+  if (source.process && now - armed.watched_at >= std::chrono::duration<double>(kLookOver)) {
+    armed.watched_at = now;
+    if (source.process->ended()) return "its process ended";
   }
-  return seconds > options.silent_s ? "its heartbeat stopped" : "";
+  return silent_s > options.silent_s ? "its heartbeat stopped" : "";
 }
 
 std::string Proxy::describe(const Wait& wait, const MappedRing::Armed& armed, Clock::time_point now,
@@ -232,11 +247,13 @@ std::string Proxy::describe(const Wait& wait, const MappedRing::Armed& armed, Cl
         word_at(*source.words[armed.arm.epoch % kNumBanks]).load(std::memory_order_acquire);
     complete += reached(word, armed.arm.epoch);
   }
+  const std::string lacks =
+      of_source && wait.lacks != "all" ? wait.lacks + " not seen" : "not complete";
   char text[80];
   std::snprintf(text, sizeof text, " waited %.1f s for ",
                 std::chrono::duration<double>(now - armed.start).count());
   return wait.what + " epoch " + std::to_string(armed.arm.epoch) + ", " + wait.who + text +
-         missing + ": not complete; " + std::to_string(complete) + " of " +
+         missing + ": " + lacks + "; " + std::to_string(complete) + " of " +
          std::to_string(wait.sources.size() - of_source) + (of_source ? " other" : "") +
          " sources complete";
 }

@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "abi.hpp"
 #include "status.hpp"
 
 namespace moe_comm {
@@ -30,12 +31,6 @@ struct RowFormat {
   uint32_t topk = 0;
   uint32_t row_bytes = 0;
 };
-
-// Order matters: digest of a sequence = mix of the digest so far and the next word.
-inline uint64_t mix_digest(uint64_t digest, uint64_t word) {
-  digest = (digest ^ word) * 0x9e3779b97f4a7c15ull;
-  return digest ^ (digest >> 29);
-}
 
 // --- route ---------------------------------------------------------------------------------------
 

@@ -29,14 +29,23 @@ struct Arguments {
   uint64_t payload_bytes;  // of a row, a multiple of 16
   const Group* groups;     // those for links first
   uint64_t num_links, num_local;
-  const dispatch::Link* links;  // [num_links]
-  uint64_t row_bytes;           // in a link's message
-  Counter* const* commits;      // [num_local] words set to `epoch` (H1); null: no word
-  uint64_t epoch;
+  const dispatch::Link* links;     // [num_links]
+  uint64_t head_bytes, row_bytes;  // of a link's message
+  Counter* const* commits;         // [num_local] words set to `epoch` (H1); null: no word
+  const uint64_t* epoch;
   uint64_t* arrived;  // [2] zero before and after
   uint64_t* status;   // WaitStatus of the first push that failed
   DeviceRing ring;
-  const uint64_t* waited;  // status of the armed wait before it, or null
+  const uint64_t* waited;    // status of the armed wait before it, or null
+  Counter* const* releases;  // [num_releases] words of the node and, behind it, links, at the end:
+  uint64_t num_releases;     // the banks are free
+  const dispatch::Link* release_links;
+  uint64_t num_release_links;
+  // fp32 columns beside each row: added in the order of the terms, and never rounded.
+  const float* columns;  // [n, num_columns] these are stored at `columns_at` of each row; or null
+  uint64_t num_columns, columns_at;
+  float* out_columns;  // [n, num_columns] sums of those at `columns_at` of the terms; or null
+  Group whole;         // if `groups` is null: the only one, of no link
 };
 
 #ifdef __CUDACC__
@@ -159,13 +168,35 @@ MOE_COMM_DEVICE inline void sum_row(const Block& block, const Arguments& a, uint
   }
 }
 
+template <class Block>
+MOE_COMM_DEVICE inline void write_columns(const Block& block, const Arguments& a, uint64_t row,
+                                          uint8_t* out) {
+  const int64_t* offsets = a.offsets + row * a.num_terms;
+  for (uint64_t k = block.thread(); k < a.num_columns; k += block.num_threads()) {
+    const uint64_t at = row * a.num_columns + k;
+    if (a.columns != nullptr) reinterpret_cast<float*>(out + a.columns_at)[k] = a.columns[at];
+    if (a.out_columns == nullptr) continue;
+    float sum = 0;
+    bool any = false;
+    for (uint64_t j = 0; j < a.num_terms; ++j) {
+      if (offsets[j] < 0) continue;
+      const float term = reinterpret_cast<const float*>(a.memory + offsets[j] + a.columns_at)[k];
+      sum = any ? block.add(sum, term) : term;
+      any = true;
+    }
+    a.out_columns[at] = sum;
+  }
+}
+
 template <class Type, class Block>
 MOE_COMM_DEVICE inline bool sum_groups(Block& block, const Arguments& a, const Group* groups,
                                        uint64_t num_groups, uint64_t* arrived) {
   for (uint64_t g = 0; g < num_groups; ++g) {
     for (uint64_t i = block.index(); i < groups[g].num_rows; i += block.num_blocks()) {
-      sum_row<Type>(block, a, groups[g].first_row + i,
-                    groups[g].out + static_cast<int64_t>(i) * groups[g].out_stride);
+      const uint64_t row = groups[g].first_row + i;
+      uint8_t* out = groups[g].out + static_cast<int64_t>(i) * groups[g].out_stride;
+      sum_row<Type>(block, a, row, out);
+      write_columns(block, a, row, out);
     }
   }
   return dispatch::is_last(block, arrived);
@@ -174,21 +205,25 @@ MOE_COMM_DEVICE inline bool sum_groups(Block& block, const Arguments& a, const G
 template <class Type, class Block>
 MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
   if (!dispatch::came(block, a.waited)) return;
-  if (sum_groups<Type>(block, a, a.groups, a.num_links, a.arrived)) {
+  const Group* groups = a.groups != nullptr ? a.groups : &a.whole;
+  if (sum_groups<Type>(block, a, groups, a.num_links, a.arrived)) {
     for (uint64_t l = block.thread(); l < a.num_links; l += block.num_threads()) {
-      dispatch::push_link(block, a.ring, a.links[l], a.epoch, a.groups[l].num_rows * a.row_bytes,
-                          a.status);
+      dispatch::push_link(block, a.ring, a.links[l], *a.epoch,
+                          a.head_bytes + groups[l].num_rows * a.row_bytes, a.status);
     }
   }
-  if (sum_groups<Type>(block, a, a.groups + a.num_links, a.num_local, a.arrived + 1)) {
-    for (uint64_t l = block.thread(); l < a.num_local; l += block.num_threads()) {
-      if (a.commits[l] != nullptr) block.store_release(a.commits[l], a.epoch);  // H1
+  if (sum_groups<Type>(block, a, groups + a.num_links, a.num_local, a.arrived + 1)) {
+    for (uint64_t l = block.thread(); a.commits != nullptr && l < a.num_local;
+         l += block.num_threads()) {
+      if (a.commits[l] != nullptr) block.store_release(a.commits[l], *a.epoch);  // H1
     }
+    dispatch::release(block, a.releases, a.num_releases, a.release_links, a.num_release_links,
+                      *a.epoch, a.ring, a.status);
   }
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Arguments) == 19 * 8 + sizeof(DeviceRing) && sizeof(Group) == 32);
+static_assert(sizeof(Arguments) == 32 * 8 + sizeof(DeviceRing) && sizeof(Group) == 32);
 #endif
 
 }  // namespace moe_comm::combine

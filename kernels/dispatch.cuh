@@ -15,11 +15,10 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
-// One lane by network: what its command says, but for the number of rows.
+// One lane by network: what its commands say, but for the number of rows.
 struct Link {
-  uint64_t channel;
+  uint64_t channel, release_channel;
   uint64_t local_offset, remote_offset;  // of the message: header, counts, rows
-  uint64_t head_bytes;                   // what lies in front of the rows
 };
 
 // Everything is 8 bytes wide. Strides and offsets in bytes; row parts as in moe_comm/layout.py.
@@ -38,17 +37,19 @@ struct Arguments {
   uint64_t num_lanes;        // D
   uint64_t first_token, last_token;
   uint64_t scales_at, token_at, ids_at, weights_at, row_bytes;
-  uint8_t* const* windows;  // [D] where the rows of each lane begin
+  uint8_t* const* windows;  // [D] of each lane: header, counts, rows
+  uint64_t head_bytes;      // what lies in front of the rows
   const uint32_t* lanes;    // links first, then the ranks of the node
   uint64_t num_links, num_local;
   const Link* links;        // [num_links]
   Counter* const* commits;  // [num_local] words of the peers: set to `epoch` (H1)
-  uint64_t epoch;
-  uint64_t* arrived;  // [2] zero before and after
-  uint64_t* status;   // WaitStatus of the first push that failed; kWaitOk before
+  const uint64_t* epoch;    // in device memory: of this replay
+  uint64_t* arrived;        // [2] zero before and after
+  uint64_t* status;         // WaitStatus of the first push that failed; kWaitOk before
   DeviceRing ring;
   const uint64_t* waited;  // status of the armed wait before it, or null: no bank is free behind
                            // one that failed
+  const int32_t* error;    // of the route: not 0: nothing but headers travels; or null
 };
 
 #ifdef __CUDACC__
@@ -62,6 +63,9 @@ struct Cta : device::Device {
     uint64_t before;
     asm volatile("atom.add.acq_rel.gpu.u64 %0, [%1], 1;" : "=l"(before) : "l"(word) : "memory");
     return before;
+  }
+  __device__ void add(uint64_t* word, uint64_t value) const {  // in any order
+    atomicAdd(reinterpret_cast<unsigned long long*>(word), static_cast<unsigned long long>(value));
   }
 };
 #endif
@@ -97,7 +101,8 @@ MOE_COMM_DEVICE inline void pack_token(const Block& block, const Arguments& a, u
   const uint8_t* from = a.x + static_cast<int64_t>(token) * a.x_stride;
   const int32_t* rows = a.lane_rows + token * a.num_lanes;
   const auto row_in = [&](uint32_t lane) {
-    return a.windows[lane] + static_cast<uint64_t>(rows[lane] - a.starts[lane]) * a.row_bytes;
+    return a.windows[lane] + a.head_bytes +
+           static_cast<uint64_t>(rows[lane] - a.starts[lane]) * a.row_bytes;
   };
   for (uint64_t i = block.thread() * 16; i < a.payload_bytes; i += block.num_threads() * 16) {
     const Words words = *reinterpret_cast<const Words*>(from + i);
@@ -131,16 +136,37 @@ template <class Block>
 MOE_COMM_DEVICE inline void push_link(Block& block, const DeviceRing& ring, const Link& link,
                                       uint64_t epoch, uint64_t num_bytes, uint64_t* status) {
   const Transfer transfer{static_cast<uint32_t>(link.channel), static_cast<uint32_t>(epoch),
-                          link.local_offset, link.remote_offset, link.head_bytes + num_bytes};
+                          link.local_offset, link.remote_offset, num_bytes};
   const WaitStatus pushed = device::push(block, ring, transfer);
   if (pushed != kWaitOk) block.store_release(status, pushed);
+}
+
+// H7: all reads of this epoch's banks are done. Ranks of the node are told by a word, others by an
+// immediate. By all threads of one block.
+template <class Block>
+MOE_COMM_DEVICE inline void release(Block& block, Counter* const* words, uint64_t num_words,
+                                    const Link* links, uint64_t num_links, uint64_t epoch,
+                                    const DeviceRing& ring, uint64_t* status) {
+  for (uint64_t w = block.thread(); w < num_words; w += block.num_threads()) {
+    block.store_release(words[w], epoch);
+  }
+  for (uint64_t l = block.thread(); l < num_links; l += block.num_threads()) {
+    const Transfer transfer{static_cast<uint32_t>(links[l].release_channel),
+                            static_cast<uint32_t>(epoch), 0, 0, 0};
+    const WaitStatus pushed = device::push(block, ring, transfer);
+    if (pushed != kWaitOk) block.store_release(status, pushed);
+  }
+}
+
+MOE_COMM_DEVICE inline bool refused(const Arguments& a) {
+  return a.error != nullptr && *a.error != 0;
 }
 
 // This block's share of the tokens; `is_last` of all.
 template <class Block>
 MOE_COMM_DEVICE inline bool pack_tokens(Block& block, const Arguments& a, const uint32_t* lanes,
                                         uint64_t num_lanes, uint64_t* arrived) {
-  for (uint64_t token = a.first_token + block.index(); token < a.last_token;
+  for (uint64_t token = a.first_token + block.index(); token < a.last_token && !refused(a);
        token += block.num_blocks()) {
     pack_token(block, a, token, lanes, num_lanes);
   }
@@ -153,19 +179,20 @@ MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
   if (pack_tokens(block, a, a.lanes, a.num_links, a.arrived)) {
     for (uint64_t l = block.thread(); l < a.num_links; l += block.num_threads()) {
       const uint32_t lane = a.lanes[l];
-      const uint64_t rows = static_cast<uint64_t>(a.starts[a.num_lanes + lane] - a.starts[lane]);
-      push_link(block, a.ring, a.links[l], a.epoch, rows * a.row_bytes, a.status);
+      const int32_t rows = refused(a) ? 0 : a.starts[a.num_lanes + lane] - a.starts[lane];
+      push_link(block, a.ring, a.links[l], *a.epoch,
+                a.head_bytes + static_cast<uint64_t>(rows) * a.row_bytes, a.status);
     }
   }
   if (pack_tokens(block, a, a.lanes + a.num_links, a.num_local, a.arrived + 1)) {
     for (uint64_t l = block.thread(); l < a.num_local; l += block.num_threads()) {
-      block.store_release(a.commits[l], a.epoch);  // H1
+      block.store_release(a.commits[l], *a.epoch);  // H1
     }
   }
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Arguments) == 31 * 8 + sizeof(DeviceRing) && sizeof(Link) == 32);
+static_assert(sizeof(Arguments) == 33 * 8 + sizeof(DeviceRing) && sizeof(Link) == 32);
 #endif
 
 }  // namespace moe_comm::dispatch

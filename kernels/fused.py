@@ -28,7 +28,7 @@ WORD = ctypes.c_uint64
 DTYPES = {
     torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"
 }  # fmt: skip
-MAX_THREADS = {"dispatch": 512, "combine": 256}  # __launch_bounds__
+MAX_THREADS = {"dispatch": 512, "combine": 256, "headers": 128}  # __launch_bounds__
 
 
 class Struct(ctypes.Structure):
@@ -56,42 +56,92 @@ class Send(Struct):  # dispatch.cuh: Arguments
         *_words(
             "x x_stride payload_bytes scales scale_token_stride scale_stride scale_item num_scales topk_idx "
             "topk_weights topk lane_rows starts num_lanes first_token last_token scales_at token_at ids_at weights_at "
-            "row_bytes windows lanes num_links num_local links commits epoch arrived status"
+            "row_bytes windows head_bytes lanes num_links num_local links commits epoch arrived status"
         ),
+        ("ring", DeviceRing),
+        *_words("waited error"),
+    ]
+
+
+class Release(Struct):  # receive.cuh
+    _fields_ = [
+        *_words("words num_words links num_links epoch arrived status"),
         ("ring", DeviceRing),
         ("waited", WORD),
     ]
 
 
 class Forward(Struct):  # receive.cuh
-    _fields_ = _words(
-        "rows num_rows row_bytes table node_ranks starts windows words num_words epoch arrived "
-        "waited"
-    )
+    _fields_ = [
+        *_words("rows num_rows row_bytes table node_ranks starts windows"),
+        ("release", Release),
+    ]
 
 
 class Unpack(Struct):  # receive.cuh
-    _fields_ = _words(
-        "rows num_rows row_bytes payload_bytes positions num_positions out_x out_scales scales_at scale_bytes words "
-        "num_words epoch arrived waited"
-    )
+    _fields_ = [
+        *_words(
+            "windows num_sources head_bytes num_rows starts row_bytes payload_bytes positions num_positions out_x "
+            "out_scales scales_at scale_bytes"
+        ),
+        ("release", Release),
+    ]
+
+
+class Group(Struct):  # combine.cuh
+    _fields_ = _words("out out_stride first_row num_rows")
 
 
 class Combine(Struct):  # combine.cuh: Arguments
     _fields_ = [
         *_words(
             "memory offsets weights bias bias_stride num_terms inner_first inner_last payload_bytes groups num_links "
-            "num_local links row_bytes commits epoch arrived status"
+            "num_local links head_bytes row_bytes commits epoch arrived status"
         ),
         ("ring", DeviceRing),
-        ("waited", WORD),
+        *_words(
+            "waited releases num_releases release_links num_release_links columns num_columns columns_at out_columns"
+        ),
+        ("whole", Group),
     ]
+
+
+class Begin(Struct):  # headers.cuh
+    _fields_ = [
+        *_words("next tables num_words call"),
+        ("ring", DeviceRing),
+        *_words("wait word_idx timeout_ms word"),
+    ]
+
+
+class Write(Struct):  # headers.cuh
+    _fields_ = _words(
+        "epoch like error topk_idx topk staged windows lanes num_lanes rows counts num_counts counts_bytes "
+        "identity groups starts row_bytes tokens max_tokens waited"
+    )
+
+
+class Check(Struct):  # headers.cuh
+    _fields_ = _words(
+        "epoch like identity windows num_ranks capacity expected num_counts counts_bytes error told told_epoch rows "
+        "starts tokens copies waited"
+    )
+
+
+class Collect(Struct):  # headers.cuh
+    _fields_ = _words(
+        "windows num_ranks head_bytes row_bytes rows starts part_at part_bytes out out_stride"
+    )
 
 
 KERNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "moe_comm_push": ("ring", (DeviceRing, WORD, WORD)),
-    "moe_comm_arm": ("ring", (DeviceRing, *(ctypes.c_uint32,) * 2, WORD, ctypes.c_uint32, WORD, WORD)),
+    "moe_comm_arm": ("ring", (DeviceRing, *(ctypes.c_uint32,) * 2, WORD, WORD, ctypes.c_uint32, WORD, WORD)),
     "moe_comm_wait": ("ring", (WORD,) * 5),
+    "moe_comm_begin": ("headers", (Begin,)),
+    "moe_comm_write_headers": ("headers", (Write,)),
+    "moe_comm_check_headers": ("headers", (Check,)),
+    "moe_comm_collect": ("headers", (Collect,)),
     "moe_comm_dispatch_send": ("dispatch", (Send,)),
     "moe_comm_dispatch_forward": ("dispatch", (Forward,)),
     "moe_comm_dispatch_unpack": ("dispatch", (Unpack,)),
@@ -256,11 +306,11 @@ def table(values: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 @functools.cache
 def _scratch_of(device: torch.device, _stream: int) -> Tensor:
-    return torch.zeros(4, dtype=torch.int64, device=device)
+    return torch.zeros(5, dtype=torch.int64, device=device)
 
 
 def scratch(device: torch.device) -> Tensor:
-    """Four words of a stream: two counters of arrived blocks and a status, zero between launches; a word to tell."""
+    """Words of a stream: two counters of arrived blocks and a status, zero between launches; a word to tell; a zero."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _scratch_of(device, stream)
 
@@ -280,6 +330,13 @@ def _dense(tensor: Tensor | None, name: str) -> int:
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a dense tensor, got strides {tensor.stride()}")
     return tensor.data_ptr()
+
+
+def _nobody(words: Tensor) -> Release:
+    """To be told."""
+    return Release(
+        epoch=words[4:].data_ptr(), arrived=words.data_ptr(), status=words[2:].data_ptr()
+    )
 
 
 # --- the steps -----------------------------------------------------------------------------------
@@ -334,7 +391,7 @@ def pack_cuda(
         windows=table(windows, torch.int64, device).data_ptr(),
         lanes=table((lane,), torch.int32, device).data_ptr(), num_local=1,
         commits=table((words[3:].data_ptr(),), torch.int64, device).data_ptr(),
-        arrived=words.data_ptr(), status=words[2:].data_ptr(),
+        epoch=words[4:].data_ptr(), arrived=words.data_ptr(), status=words[2:].data_ptr(),
     )  # fmt: skip
     threads = threads_for("dispatch", payload)
     launch("moe_comm_dispatch_send", arguments, device=device, num_threads=threads)
@@ -357,7 +414,7 @@ def forward_cuda(
         rows=link_rows.data_ptr(), num_rows=table((len(link_rows),), torch.int32, device).data_ptr(),
         row_bytes=row_bytes, table=column.data_ptr(), node_ranks=1,
         starts=starts[local:].data_ptr(), windows=table((window.data_ptr(),), torch.int64, device).data_ptr(),
-        arrived=words.data_ptr(),
+        release=_nobody(words),
     )  # fmt: skip
     threads = threads_for("dispatch", row_bytes)
     launch("moe_comm_dispatch_forward", arguments, device=device, num_threads=threads)
@@ -379,12 +436,13 @@ def unpack_cuda(
         return
     device, words = rows.device, scratch(rows.device)
     scale_bytes = 0 if out_scales is None else out_scales.shape[1] * out_scales.element_size()
+    numbers = table((len(rows), 0), torch.int32, device)
     arguments = Unpack(
-        rows=rows.data_ptr(), num_rows=table((len(rows),), torch.int32, device).data_ptr(),
-        row_bytes=rows.stride(0), payload_bytes=payload, positions=_dense(positions, "positions"),
-        num_positions=positions.shape[1], out_x=_dense(out_x, "out_x"),
+        windows=table((rows.data_ptr(),), torch.int64, device).data_ptr(), num_sources=1,
+        num_rows=numbers.data_ptr(), starts=numbers[1:].data_ptr(), row_bytes=rows.stride(0), payload_bytes=payload,
+        positions=_dense(positions, "positions"), num_positions=positions.shape[1], out_x=_dense(out_x, "out_x"),
         out_scales=_dense(out_scales, "out_scales") if scale_bytes else 0, scales_at=scales_at,
-        scale_bytes=scale_bytes, arrived=words.data_ptr(),
+        scale_bytes=scale_bytes, release=_nobody(words),
     )  # fmt: skip
     threads = threads_for("dispatch", payload)
     launch("moe_comm_dispatch_unpack", arguments, device=device, num_threads=threads)
@@ -413,15 +471,16 @@ def reduce_cuda(
     if not len(out):
         return
     device, words = out.device, scratch(out.device)
-    group = table((out.data_ptr(), _row_bytes(out), 0, len(out)), torch.int64, device)
+    groups = None
     if num_tokens is not None:
-        group = torch.cat((group[:3], num_tokens.clamp(max=len(out)).long().view(1)))
+        real = num_tokens.clamp(max=len(out)).long().view(1)
+        groups = torch.cat((table((out.data_ptr(), _row_bytes(out), 0), torch.int64, device), real))
     arguments = Combine(
         memory=memory.data_ptr(), offsets=_dense(offsets, "offsets"), weights=_dense(weights, "weights"),
         bias=bias_at, bias_stride=bias_stride, num_terms=offsets.shape[1], inner_first=inner_first,
-        inner_last=max(inner_first, inner_last), payload_bytes=payload, groups=group.data_ptr(), num_local=1,
-        commits=table((0,), torch.int64, device).data_ptr(), arrived=words.data_ptr(),
-        status=words[2:].data_ptr(),
+        inner_last=max(inner_first, inner_last), payload_bytes=payload, groups=_dense(groups, "groups"), num_local=1,
+        epoch=words[4:].data_ptr(), arrived=words.data_ptr(), status=words[2:].data_ptr(),
+        whole=Group(out=out.data_ptr(), out_stride=_row_bytes(out), num_rows=len(out)),
     )  # fmt: skip
     kernel, threads = f"moe_comm_combine_send_{DTYPES[out.dtype]}", threads_for("combine", payload)
     launch(kernel, arguments, device=device, num_threads=threads)

@@ -3,8 +3,8 @@
 // each row is read once, in plain 16-byte loads (H6), and written to all its places.
 //
 // Started behind their armed waits: nobody in here waits. Behind one that failed they do nothing.
-// The last block tells the reader that the rows are there (H1), or the writer that its bank is free
-// (H7: all reads are done).
+// The last block tells the reader that the rows are there (H1), or the writers that their banks are
+// free (H7: all reads are done).
 #pragma once
 
 #include "dispatch.cuh"
@@ -13,7 +13,20 @@ namespace moe_comm::receive {
 
 using dispatch::Words;
 
-// Everything is 8 bytes wide. Strides and offsets in bytes.
+// Who is told, by the last block, that all blocks are done. Everything is 8 bytes wide.
+struct Release {
+  Counter* const* words;  // [num_words] of ranks of the node: set to `epoch`
+  uint64_t num_words;
+  const dispatch::Link* links;  // [num_links] others: by an immediate
+  uint64_t num_links;
+  const uint64_t* epoch;
+  uint64_t* arrived;  // [1] zero before and after
+  uint64_t* status;   // WaitStatus of the first push that failed
+  DeviceRing ring;
+  const uint64_t* waited;  // status of the armed wait before it, or null
+};
+
+// Strides and offsets in bytes.
 struct Forward {
   const uint8_t* rows;       // of the link window; whole rows are passed on
   const uint32_t* num_rows;  // in device memory or in the window's header
@@ -22,39 +35,32 @@ struct Forward {
   uint64_t node_ranks;       // G
   const int32_t* starts;     // [G] numbers at which the windows begin
   uint8_t* const* windows;   // [G]
-  Counter* const* words;     // [num_words] set to `epoch` at the end
-  uint64_t num_words, epoch;
-  uint64_t* arrived;       // [1] zero before and after
-  const uint64_t* waited;  // status of the armed wait before it, or null
+  Release release;           // here: the windows are filled
 };
 
 struct Unpack {
-  const uint8_t* rows;
-  const uint32_t* num_rows;
+  const uint8_t* const* windows;  // [num_sources]
+  uint64_t num_sources, head_bytes;
+  const uint32_t* num_rows;           // [num_sources]
+  const uint32_t* starts;             // [num_sources] rows of lower sources
   uint64_t row_bytes, payload_bytes;  // multiples of 16
-  const int32_t* positions;           // [n, J] places, or -1
+  const int32_t* positions;           // [n, J] places, or -1; null: the rows' order
   uint64_t num_positions;             // J
   uint8_t* out_x;                     // [P, payload_bytes], dense
   uint8_t* out_scales;                // [P, scale_bytes], dense, or null
   uint64_t scales_at, scale_bytes;
-  Counter* const* words;  // [num_words] set to `epoch` at the end: the bank is free
-  uint64_t num_words, epoch;
-  uint64_t* arrived;
-  const uint64_t* waited;
+  Release release;  // the banks are free: all reads are done
 };
 
 template <class Block>
-MOE_COMM_DEVICE inline void tell(Block& block, Counter* const* words, uint64_t num_words,
-                                 uint64_t epoch, uint64_t* arrived) {
-  if (!dispatch::is_last(block, arrived)) return;
-  for (uint64_t w = block.thread(); w < num_words; w += block.num_threads()) {
-    block.store_release(words[w], epoch);
-  }
+MOE_COMM_DEVICE inline void tell(Block& block, const Release& a) {
+  if (!dispatch::is_last(block, a.arrived)) return;
+  dispatch::release(block, a.words, a.num_words, a.links, a.num_links, *a.epoch, a.ring, a.status);
 }
 
 template <class Block>
 MOE_COMM_DEVICE inline void forward(Block& block, const Forward& a) {
-  if (!dispatch::came(block, a.waited)) return;
+  if (!dispatch::came(block, a.release.waited)) return;
   for (uint64_t row = block.index(); row < *a.num_rows; row += block.num_blocks()) {
     const int32_t* to = a.table + row * a.node_ranks;
     for (uint64_t at = block.thread() * 16; at < a.row_bytes; at += block.num_threads() * 16) {
@@ -66,36 +72,50 @@ MOE_COMM_DEVICE inline void forward(Block& block, const Forward& a) {
       }
     }
   }
-  tell(block, a.words, a.num_words, a.epoch, a.arrived);
+  tell(block, a.release);
+}
+
+template <class Block>
+MOE_COMM_DEVICE inline void unpack_row(const Block& block, const Unpack& a, const uint8_t* from,
+                                       uint64_t row) {
+  const uint64_t num_places = a.positions == nullptr ? 1 : a.num_positions;
+  const auto place = [&](uint64_t j) {
+    return a.positions == nullptr ? static_cast<int64_t>(row) : a.positions[row * num_places + j];
+  };
+  for (uint64_t at = block.thread() * 16; at < a.payload_bytes; at += block.num_threads() * 16) {
+    const Words words = *reinterpret_cast<const Words*>(from + at);
+    for (uint64_t j = 0; j < num_places; ++j) {
+      const int64_t to = place(j);
+      if (to < 0) continue;
+      *reinterpret_cast<Words*>(a.out_x + static_cast<uint64_t>(to) * a.payload_bytes + at) = words;
+    }
+  }
+  if (a.out_scales == nullptr) return;
+  for (uint64_t i = block.thread(); i < a.scale_bytes; i += block.num_threads()) {
+    for (uint64_t j = 0; j < num_places; ++j) {
+      const int64_t to = place(j);
+      if (to < 0) continue;
+      a.out_scales[static_cast<uint64_t>(to) * a.scale_bytes + i] = from[a.scales_at + i];
+    }
+  }
 }
 
 template <class Block>
 MOE_COMM_DEVICE inline void unpack(Block& block, const Unpack& a) {
-  if (!dispatch::came(block, a.waited)) return;
-  for (uint64_t row = block.index(); row < *a.num_rows; row += block.num_blocks()) {
-    const int32_t* places = a.positions + row * a.num_positions;
-    const uint8_t* from = a.rows + row * a.row_bytes;
-    for (uint64_t at = block.thread() * 16; at < a.payload_bytes; at += block.num_threads() * 16) {
-      const Words words = *reinterpret_cast<const Words*>(from + at);
-      for (uint64_t j = 0; j < a.num_positions; ++j) {
-        if (places[j] < 0) continue;
-        const uint64_t place = static_cast<uint64_t>(places[j]) * a.payload_bytes;
-        *reinterpret_cast<Words*>(a.out_x + place + at) = words;
-      }
-    }
-    if (a.out_scales == nullptr) continue;
-    for (uint64_t i = block.thread(); i < a.scale_bytes; i += block.num_threads()) {
-      for (uint64_t j = 0; j < a.num_positions; ++j) {
-        if (places[j] < 0) continue;
-        a.out_scales[static_cast<uint64_t>(places[j]) * a.scale_bytes + i] = from[a.scales_at + i];
-      }
+  if (!dispatch::came(block, a.release.waited)) return;
+  for (uint64_t s = 0; s < a.num_sources; ++s) {
+    const uint8_t* rows = a.windows[s] + a.head_bytes;
+    for (uint64_t i = block.index(); i < a.num_rows[s]; i += block.num_blocks()) {
+      unpack_row(block, a, rows + i * a.row_bytes, a.starts[s] + i);
     }
   }
-  tell(block, a.words, a.num_words, a.epoch, a.arrived);
+  tell(block, a.release);
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Forward) == 12 * 8 && sizeof(Unpack) == 15 * 8);
+static_assert(sizeof(Release) == 8 * 8 + sizeof(DeviceRing));
+static_assert(sizeof(Forward) == 7 * 8 + sizeof(Release) &&
+              sizeof(Unpack) == 13 * 8 + sizeof(Release));
 #endif
 
 }  // namespace moe_comm::receive

@@ -10,13 +10,14 @@ extern "C" __global__ void __launch_bounds__(32)
   if (threadIdx.x == 0) status[blockIdx.x] = device::push(memory, ring, transfers[blockIdx.x]);
 }
 
-// In the order of a stream: then a stream wait for word->ended (cuStreamWaitValue64), then kernels
-// that read word->status first.
+// For `epoch`, counted from *base if there is one. In the order of a stream: then a stream wait for
+// word->ended (cuStreamWaitValue64), then kernels that read word->status first.
 extern "C" __global__ void __launch_bounds__(32)
     moe_comm_arm(DeviceRing ring, uint32_t channel, uint32_t word_idx, uint64_t epoch,
-                 uint32_t timeout_ms, ArmedWord* word, uint32_t* status) {
+                 const uint64_t* base, uint32_t timeout_ms, ArmedWord* word, uint32_t* status) {
   device::Device memory;
   if (threadIdx.x == 0) {
+    if (base != nullptr) epoch += *base;
     *status = device::arm(memory, ring, Arm{channel, word_idx, epoch, timeout_ms}, word);
   }
 }

@@ -2,13 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, float32
+from torch import Tensor, device, float32
 
 from .errors import ArgumentError
 from .handle import Handle
 
 if TYPE_CHECKING:
     from .buffer import Buffer
+
+CPU = device("cpu")
 
 
 class Found(str):
@@ -36,12 +38,17 @@ def expect(condition: bool, argument: str, expected: str, found: object) -> None
         raise ArgumentError(f"{argument}: expected {expected}, got {found}")
 
 
-def check_rows(name: str, value: Any, shape: str = "[T, H]") -> Tensor:
-    """A matrix of rows that can be moved: CPU, 2-D, dense rows of a multiple of 16 bytes, an address of items."""
+def place(where: device) -> str:
+    """`on the CPU`, `on cuda:0`."""
+    return "on the CPU" if where == CPU else f"on {where}"
+
+
+def check_rows(name: str, value: Any, shape: str = "[T, H]", where: device = CPU) -> Tensor:
+    """A matrix of rows that can be moved: there, 2-D, dense rows of a multiple of 16 bytes, an address of items."""
     if not (isinstance(value, Tensor)):
         raise wrong(name, f"a tensor {shape}", value)
-    if not value.is_cpu:
-        raise wrong(name, "a CPU or CUDA tensor", value)
+    if value.device != where:
+        raise wrong(name, "a CPU or CUDA tensor" if where == CPU else f"a tensor on {where}", value)
     if not (value.dim() == 2):
         raise wrong(name, shape, value)
     row_bytes = value.shape[1] * value.element_size()
@@ -63,15 +70,15 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     return a_from < b_to and b_from < a_to
 
 
-def check_floats(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-    """A float32 CPU tensor of this shape, contiguous in the answer."""
+def check_floats(name: str, value: Any, shape: tuple[int, ...], where: device = CPU) -> Tensor:
+    """A float32 tensor of this shape, there, contiguous in the answer."""
     if not (
         isinstance(value, Tensor)
         and value.dtype is float32
-        and value.is_cpu
+        and value.device == where
         and value.shape == shape
     ):
-        raise wrong(name, f"float32 {tuple(shape)} on the CPU", value)
+        raise wrong(name, f"float32 {tuple(shape)} {place(where)}", value)
     return (value.detach() if value.requires_grad else value).contiguous()
 
 

@@ -23,7 +23,7 @@ from .dispatch import Dispatched
 from .errors import ArgumentError
 from .handle import Handle
 
-ANCHOR = 7  # index behind Handle.to_tensors() in the list that crosses an op's boundary
+ANCHOR = 8  # index behind Handle.to_tensors() in the list that crosses an op's boundary
 
 
 def _empty(value: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,6 +123,7 @@ def _(
     owned = max(0, min(slots, num_experts - made.rank * slots))
     rows = context.new_dynamic_size()
     int32, nodes = torch.int32, made.topology.num_nodes
+    told = 0 if made.kernels is None else made.kernels.told_words(slots)
     shape: tuple[Any, ...]
     idx_shape: tuple[Any, ...]
     if layout == "rank":
@@ -140,16 +141,17 @@ def _(
     meta = Handle.num_numbers(len(shape), num_ranks, nodes)
 
     def table(*shape: Any, dtype: torch.dtype = int32) -> Tensor:
-        return x.new_empty(shape, dtype=dtype, device="cpu")
+        return x.new_empty(shape, dtype=dtype, device=made.device)
 
     handle = [
-        table(meta, dtype=torch.int64),
-        table(x.shape[0], made.native.num_lanes),
+        x.new_empty(meta, dtype=torch.int64, device="cpu"),
+        table(x.shape[0], (made.kernels or made.native).num_lanes),
         table(rows),
         table(0 if layout == "rank" else rows, topk),
         table(passed),
         table(passed, made.topology.node_ranks),
         table(owned, dtype=torch.int64),
+        table(told, dtype=torch.int64),
         x.new_empty(()),
     ]
     return (
@@ -273,7 +275,7 @@ def dispatch(
         out,
         None if layout == "padded" else idx,
         None if topk_weights is None else weights,
-        tensors[ANCHOR - 1].to(x.device),
+        tensors[6].to(x.device),
         handle,
     )
 

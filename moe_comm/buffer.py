@@ -19,14 +19,14 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import lifetime
 from ._engine import CallFormat
-from .arguments import Found, wrong
+from .arguments import CPU, Found, wrong
 from .combine import CombineRequest, PendingCombine
 from .config import Config
 from .dispatch import DispatchRequest, PendingDispatch
@@ -42,6 +42,9 @@ from .staging import staged
 CLOSE_TIMEOUT_S = 5.0
 UNREFERENCED_TIMEOUT_S = 1.0  # of a Buffer that nobody closed
 MAX_UNHOOKED = 2
+
+if TYPE_CHECKING:
+    from .kernel_exchange import KernelExchange
 
 _buffers: "weakref.WeakValueDictionary[str, Buffer]" = weakref.WeakValueDictionary()
 
@@ -65,6 +68,10 @@ class Buffer:
         mask_lost: a rank that is lost or late is masked and the call goes on without it: it has no tokens, tokens for
             its experts are dropped, what it owed is left out of sums. Each rank masks for itself; a rank that others
             masked will not hear from them. Needs hops="rank" and max_tokens that fit one round.
+        device: "cuda": calls take tensors of that GPU alone, and kernels read and write the windows
+            (kernel_exchange.py; needs max_tokens that fit one round, and hops="rank" or one node); nothing waits for
+            the host, but where exact sizes are asked for. None (or MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by
+            copies (staging.py).
         rejoin: this process takes a dead rank's place: waits until the others `recover(expect=[rank])`.
 
     Raises: MismatchError if ranks pass different parameters; ArgumentError; TransportError with the reason.
@@ -90,6 +97,7 @@ class Buffer:
         each_copy: bool = False,
         mask_lost: bool = False,
         rejoin: bool = False,
+        device: torch.device | str | None = None,
     ):
         self._end: str | None = "was never opened"  # why it cannot be used
         if hops not in HOPS:
@@ -97,8 +105,10 @@ class Buffer:
         self.group = EPGroup.of(group)
         self.config = Config.resolve(
             window_bytes=window_bytes, transport=transport, interface=interface, ranks_per_node=ranks_per_node,
-            timeout_s=timeout_s,
+            timeout_s=timeout_s, device=None if device is None else str(device),
         )  # fmt: skip
+        self.device = _device_of(self.config.device)
+        self.kernels: KernelExchange | None = None
         self.max_tokens = max_tokens
         if mask_lost and (hops != "rank" or max_tokens is None):
             raise wrong("mask_lost", 'False without hops="rank" and max_tokens', mask_lost)
@@ -113,6 +123,7 @@ class Buffer:
             "max_tokens": max_tokens, "mask_lost": mask_lost, "each_copy": each_copy,
             "window_bytes": self.config.window_bytes, "transport": self.config.transport,
             "ranks_per_node": self.config.ranks_per_node, "first_epoch": self.config.first_epoch,
+            "device": self.device.type if self.config.device else "",
         }  # fmt: skip
         self._lock = threading.RLock()
         self._unhooked: list[tuple[PendingDispatch | PendingCombine, Hook]] = []
@@ -152,6 +163,10 @@ class Buffer:
         self._home = self.topology.node_of
         self.group_key = group.secret
         self.formats: dict[tuple, CallFormat] = {}  # by shapes and dtypes: dispatch.py, combine.py
+        if self.config.device:
+            from . import kernel_exchange  # device code is loaded where it is asked for
+
+            self.kernels = kernel_exchange.opened(self, opened.engine, opened.native)
 
     # --- what it is ----------------------------------------------------------------------------------
 
@@ -250,7 +265,7 @@ class Buffer:
             max_tokens,
             wait_ns,
         )
-        return self._run(PendingDispatch, request, "dispatches", async_op)
+        return self._run(self._calls()[0], request, "dispatches", async_op)
 
     @staged("y", fills=("out",), updates=("wait_ns",))
     def combine(
@@ -292,7 +307,14 @@ class Buffer:
             y, handle, weights, topk_weights, bias, out, topk_idx, each_copy, source_weights, timeout_s,
             async_op == "hook", wait_ns,
         )  # fmt: skip
-        return self._run(PendingCombine, request, "combines", async_op)
+        return self._run(self._calls()[1], request, "combines", async_op)
+
+    def _calls(self) -> tuple[type, type]:
+        if self.kernels is None:
+            return PendingDispatch, PendingCombine
+        from . import kernel_calls
+
+        return kernel_calls.KernelDispatch, kernel_calls.KernelCombine
 
     def _run(self, kind: type, request: Any, counter: str, async_op: str | None) -> Any:
         if async_op not in (None, "event", "hook"):
@@ -310,8 +332,13 @@ class Buffer:
                 if async_op == "hook" and pending.error is None:
                     return self._send_hooked(pending)
                 self._exchange(pending)
-            result = pending.finish()
-        return (result, Event()) if async_op == "event" else result
+                result = pending.finish()
+        if async_op != "event":
+            return result
+        event = Event()
+        if self.kernels is not None:
+            event._record(pending.event)
+        return result, event
 
     def _exchange(self, pending: "PendingDispatch | PendingCombine") -> None:
         """All rounds: at most two sent ahead of the one received; the first headers say how many there are."""
@@ -341,7 +368,7 @@ class Buffer:
 
     def _make_room(self) -> None:
         """Before epoch e is sent, every receive up to e - 2 is done: a rank must not wait for a bank of its own."""
-        due = self.native.next_epoch - 2
+        due = (self.kernels or self.native).next_epoch - 2
         for pending, hook in list(self._unhooked):
             if pending.call.epochs[0] <= due:
                 self._receive_hooked(pending, hook)
@@ -365,7 +392,7 @@ class Buffer:
             self._check_usable()
             with _Faults(self):
                 self._receive_hooked(pending, hook)
-            hook.result = pending.finish()
+                hook.result = pending.finish()
 
     def _receive_hooked(self, pending: "PendingDispatch | PendingCombine", hook: Hook) -> None:
         """The receive of a hooked call, once: by its hook, or earlier when its bank is needed."""
@@ -390,6 +417,9 @@ class Buffer:
         if self._end:
             raise ClosedError(f"Buffer {self.name!r} {self._end}")
         self.native.raise_fault()
+        if self.kernels is not None:
+            with _Faults(self):
+                self.kernels.raise_errors()
 
     # --- end -----------------------------------------------------------------------------------------
 
@@ -403,6 +433,8 @@ class Buffer:
         with self._lock:
             self._end = "was closed"
             self._unhooked.clear()
+            if self.kernels is not None:
+                self.kernels.close(timeout_s)
             self.native.close(timeout_s)
 
     # --- generations ---------------------------------------------------------------------------------
@@ -460,6 +492,8 @@ class Buffer:
     def _leave_generation(self) -> None:
         self.native.fail("this rank left the generation to recover")
         self._unhooked.clear()
+        if self.kernels is not None:
+            self.kernels.close(0.0)
         self.native.close(0.0)
 
     def _meet(
@@ -513,6 +547,19 @@ class _Faults:
             error, ArgumentError
         ):
             self._buffer.native.fail(str(error))
+
+
+def _device_of(name: str) -> torch.device:
+    """Raises ArgumentError for one that has no kernels."""
+    if not name:
+        return CPU
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise wrong("device", "cuda or cuda:N", name) from error
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def buffer_named(name: str) -> Buffer:

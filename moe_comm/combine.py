@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .arguments import Found, check_floats, check_handle, check_rows, overlap, wrong
+from .arguments import Found, check_floats, check_handle, check_rows, overlap, place, wrong
 from .dispatch import (
     COMBINE,
     FLAG_EACH_COPY,
@@ -73,6 +73,20 @@ class PendingCombine:
         self.call = error_call(COMBINE, text, self.buffer, self.request.timeout_s)
 
     def _prepare(self) -> None:
+        self._check()
+        request, buffer, handle, y = self.request, self.buffer, self.request.handle, self.y
+        key = (
+            COMBINE, y.shape[1], y.dtype, handle.topk, handle.num_experts, self.columns is None, handle.layout,
+            request.each_copy,
+        )  # fmt: skip
+        found = buffer.formats.get(key)
+        if found is None:
+            found = buffer.formats[key] = self._format(handle, y, self.columns is not None)
+        buffer.require_one_round(found.capacity, request.deferred)
+        self._begin(found)
+
+    def _check(self) -> None:
+        """All but the values of tensors."""
         request, buffer, handle = self.request, self.buffer, self.request.handle
         check_handle(buffer, handle)
         y = request.y
@@ -84,7 +98,7 @@ class PendingCombine:
         hidden = y.shape[-1]
         if y.dim() != 2:
             y = y.reshape(handle.num_places, hidden)
-        y = check_rows("y", y)
+        y = check_rows("y", y, where=buffer.device)
         if y.dtype not in DTYPE_CODES:
             raise wrong("y", "bfloat16, float16, float32 or float64", y)
         weights = columns = bias = None
@@ -94,32 +108,28 @@ class PendingCombine:
             columns = self._check_columns(handle, request.topk_weights)
         if request.bias is not None:
             bias = self._check_summed("bias", request.bias, handle, y)
-        lanes, lane_weights = self._check_lanes(handle)
-        key = (
-            COMBINE,
-            hidden,
-            y.dtype,
-            handle.topk,
-            handle.num_experts,
-            columns is None,
-            handle.layout,
-            request.each_copy,
-        )
-        found = buffer.formats.get(key)
-        if found is None:
-            found = buffer.formats[key] = self._format(handle, y, columns is not None)
-        buffer.require_one_round(found.capacity, request.deferred)
-        num_tokens = handle.num_tokens
+        self.lanes = self._check_lanes(handle)
+        self.y, self.weights, self.columns, self.bias = y, weights, columns, bias
         if request.out is not None:
-            out = self._check_summed("out", request.out, handle, y)
-            if overlap(out, y):
+            self.summed = self._check_summed("out", request.out, handle, y)
+            if overlap(self.summed, y):
                 raise wrong("out", "memory that y does not use", Found("a part of y"))
-            self.out = request.out
+
+    def _new_outputs(self) -> None:
+        num_tokens, y = self.request.handle.num_tokens, self.y
+        if self.request.out is not None:
+            self.out = self.request.out
         else:
-            out = self.out = new_tensor((num_tokens, hidden), y.dtype)
+            self.out = self.summed = new_tensor((num_tokens, y.shape[1]), y.dtype)
         self.out_columns = None
-        if columns is not None:
-            self.out_columns = new_tensor((num_tokens, handle.topk), torch.float32)
+        if self.columns is not None:
+            self.out_columns = new_tensor((num_tokens, self.request.handle.topk), torch.float32)
+
+    def _begin(self, found: _engine.CallFormat) -> None:
+        request, buffer, handle = self.request, self.buffer, self.request.handle
+        self._new_outputs()
+        y, weights, columns, bias, out = self.y, self.weights, self.columns, self.bias, self.summed
+        lanes, lane_weights = self.lanes
         direct = (
             not request.deferred
         )  # own results are read where they lie, unless y may change before
@@ -127,7 +137,7 @@ class PendingCombine:
         load_handle(call, handle, buffer.topology.node_ranks)
         item = y.element_size()
         call.set_results(
-            num_tokens, y.data_ptr(), y.stride(0) * item, 0 if weights is None else weights.data_ptr(),
+            handle.num_tokens, y.data_ptr(), y.stride(0) * item, 0 if weights is None else weights.data_ptr(),
             0 if columns is None else columns.data_ptr(), handle.layout != "rank",
         )  # fmt: skip
         call.set_summed(
@@ -167,10 +177,10 @@ class PendingCombine:
         if not (
             isinstance(idx, Tensor)
             and idx.dtype is torch.int64
-            and idx.is_cpu
+            and idx.device == buffer.device
             and idx.shape == shape
         ):
-            raise wrong("topk_idx", f"int64 {shape} on the CPU", idx)
+            raise wrong("topk_idx", f"int64 {shape} {place(buffer.device)}", idx)
         if buffer.hops == "node" and buffer.topology.num_nodes > 1:
             raise wrong("topk_idx", 'None with hops="node" between nodes', idx)
         if request.each_copy:
@@ -181,27 +191,25 @@ class PendingCombine:
         if weights is not None:
             if not request.each_copy:
                 raise wrong("source_weights", "None without each_copy", weights)
-            weights = check_floats("source_weights", weights, shape)
+            weights = check_floats("source_weights", weights, shape, buffer.device)
         return idx.contiguous(), weights
 
-    @staticmethod
-    def _check_weights(handle: Handle, weights: Any) -> Tensor:
+    def _check_weights(self, handle: Handle, weights: Any) -> Tensor:
         if not (handle.layout != "rank"):
             raise wrong(
                 "weights", "None with layout 'rank' (rows are already summed)", Found("a tensor")
             )
-        return check_floats("weights", weights, handle.place_shape)
+        return check_floats("weights", weights, handle.place_shape, self.buffer.device)
 
-    @staticmethod
-    def _check_columns(handle: Handle, columns: Any) -> Tensor:
+    def _check_columns(self, handle: Handle, columns: Any) -> Tensor:
         shape = handle.place_shape
         if handle.layout == "rank":
             shape = (handle.num_recv_rows, handle.topk)
-        return check_floats("topk_weights", columns, shape)
+        return check_floats("topk_weights", columns, shape, self.buffer.device)
 
-    @staticmethod
-    def _check_summed(name: str, value: Any, handle: Handle, y: Tensor) -> Tensor:
-        rows, shape = check_rows(name, value), (handle.num_tokens, y.shape[1])
+    def _check_summed(self, name: str, value: Any, handle: Handle, y: Tensor) -> Tensor:
+        rows = check_rows(name, value, where=self.buffer.device)
+        shape = (handle.num_tokens, y.shape[1])
         if not (tuple(rows.shape) == shape and rows.dtype == y.dtype):
             raise wrong(name, f"{str(y.dtype).removeprefix('torch.')} {shape}", rows)
         return rows

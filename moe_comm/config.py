@@ -33,6 +33,11 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
         "",
         "device code: torch, triton or cuda; empty: Triton for CUDA tensors, torch for others (moe_comm.kernels)",
     ),
+    "MOE_COMM_DEVICE": (
+        str,
+        "",
+        "cuda: Buffers whose calls are kernels, on tensors of that GPU; empty: CPU tensors, CUDA tensors by copies",
+    ),
     "MOE_COMM_RANKS_PER_NODE": (
         int,
         0,
@@ -94,6 +99,7 @@ class Config:
     shard_bytes: int
     chaos_seed: int
     first_epoch: int
+    device: str
 
     @classmethod
     def resolve(cls, **given: Any) -> "Config":

@@ -16,6 +16,7 @@ nothing. Without a GPU the same sources run as threads of the host: tests/kernel
 """
 
 import torch
+from torch import Tensor
 
 from . import _engine
 from .arguments import expect
@@ -23,6 +24,11 @@ from .kernels import fused
 from .memory import Pinned
 
 WAIT_STATUS = ("ok", "timeout", "aborted", "lost")  # csrc/abi.hpp: WaitStatus
+
+
+def limit_ms(timeout_s: float | None) -> int:
+    """Of an Arm; 0: the ring's own."""
+    return 0 if timeout_s is None else max(1, min(2**31 - 1, round(1e3 * timeout_s)))
 
 
 class DeviceRing:
@@ -82,12 +88,15 @@ class DeviceRing:
         """What kernels behind an armed wait take as `waited`."""
         return self.word_address(word) + 8
 
-    def arm(self, wait: int, epoch: int, word: int = 0, timeout_s: float | None = None) -> None:
-        """On the current stream: asks the proxy to end `word` when all sources of `wait` came for this epoch, after
-        `timeout_s` (default: the ring's), or when the ring ends. Not again before it ended."""
-        limit_ms = 0 if timeout_s is None else max(1, min(2**31 - 1, round(1e3 * timeout_s)))
+    def arm(
+        self, wait: int, epoch: int | Tensor, word: int = 0, timeout_s: float | None = None
+    ) -> None:
+        """On the current stream: asks the proxy to end `word` when all sources of `wait` came for this epoch (an int64
+        tensor: read there when the stream comes to it), after `timeout_s` (default: the ring's), or when the ring ends.
+        Not again before it ended."""
+        number, base = (0, epoch.data_ptr()) if isinstance(epoch, Tensor) else (epoch % 2**48, 0)
         fused.launch(
-            "moe_comm_arm", self.struct, wait, word, epoch % 2**48, limit_ms, self.word_address(word),
+            "moe_comm_arm", self.struct, wait, word, number, base, limit_ms(timeout_s), self.word_address(word),
             self._pushed[word:], device=self.device, num_blocks=1,
         )  # fmt: skip
 
@@ -103,6 +112,11 @@ class DeviceRing:
     def raise_fault(self) -> None:
         """Raises what ended the ring, if anything: PeerTimeout or PeerLost naming rank, peer, phase and epoch, …"""
         self._ring.raise_fault()
+
+    @property
+    def blamed(self) -> int | None:
+        """The rank for which the wait was that ended the ring."""
+        return self._ring.blamed - 1 if self._ring.blamed else None
 
     def stats(self) -> dict[str, int]:
         """Counts: commands taken; torn, of which one word was seen before the other; armed, ended, failed waits."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .arguments import Found, check_floats, check_handle, check_rows, wrong
+from .arguments import CPU, Found, check_floats, check_handle, check_rows, place, wrong
 from .errors import ArgumentError
 from .handle import LAYOUTS, Handle
 from .layout import RowFormat, counts_bytes, dtype_code
@@ -94,6 +94,20 @@ class PendingDispatch:
     # --- before the first byte ---------------------------------------------------------------------
 
     def _prepare(self) -> None:
+        self._check()
+        buffer, handle = self.buffer, self.request.handle
+        key = (
+            DISPATCH, self.hidden, self.dtype, self.scale_shape, self.topk, self.num_experts, self.weights is None,
+            handle is None, self.expand,
+        )  # fmt: skip
+        found = buffer.formats.get(key)
+        if found is None:
+            found = buffer.formats[key] = self._format(self.weights is not None, handle is not None)
+        buffer.require_one_round(found.capacity, self.request.deferred)
+        self._begin(found)
+
+    def _check(self) -> None:
+        """All but the values of tensors."""
         request, buffer = self.request, self.buffer
         x, scales, handle = request.x, None, request.handle
         if isinstance(x, (tuple, list)):
@@ -101,7 +115,7 @@ class PendingDispatch:
                 raise wrong("x", "a tensor, or a pair (payload, scales)", Found(f"{len(x)} things"))
             x, scales = x
         name = "x" if scales is None else "x[0]"
-        x = check_rows(name, x)
+        x = check_rows(name, x, where=buffer.device)
         num_tokens, hidden = x.shape
         if scales is not None:
             scales = self._check_scales(scales, num_tokens)
@@ -127,18 +141,18 @@ class PendingDispatch:
             assert request.topk_idx is not None
             idx = request.topk_idx.contiguous()
             if request.topk_weights is not None:
-                weights = check_floats("topk_weights", request.topk_weights, idx.shape)
+                weights = check_floats(
+                    "topk_weights", request.topk_weights, idx.shape, buffer.device
+                )
+        self.x, self.scales, self.idx, self.weights = x, scales, idx, weights
         self.hidden, self.dtype, self.topk, self.num_experts = hidden, x.dtype, topk, num_experts
         self.expand = request.layout != "rank"
         self.scale_shape = None if scales is None else (scales.shape[1], scales.dtype)
-        key = (
-            DISPATCH, hidden, x.dtype, self.scale_shape, topk, num_experts, weights is None, handle is None,
-            self.expand,
-        )  # fmt: skip
-        found = buffer.formats.get(key)
-        if found is None:
-            found = buffer.formats[key] = self._format(weights is not None, handle is not None)
-        buffer.require_one_round(found.capacity, request.deferred)
+
+    def _begin(self, found: _engine.CallFormat) -> None:
+        request, buffer, handle = self.request, self.buffer, self.request.handle
+        x, scales, idx, weights = self.x, self.scales, self.idx, self.weights
+        num_tokens = len(x)
         call = self.call = new_call(buffer, found, request.timeout_s, not request.deferred)
         if handle is None:
             self.lane_rows = torch.empty((num_tokens, buffer.native.num_lanes), dtype=torch.int32)
@@ -187,8 +201,8 @@ class PendingDispatch:
     def _check_scales(self, scales: Any, num_tokens: int) -> Tensor:
         if not (isinstance(scales, Tensor)):
             raise wrong("x[1]", "a tensor of scales [T, S]", scales)
-        if not scales.is_cpu:
-            raise wrong("x[1]", "a CPU tensor, as x[0]", scales)
+        if scales.device != self.buffer.device:
+            raise wrong("x[1]", f"a tensor {place(self.buffer.device)}, as x[0]", scales)
         if not (scales.dim() == 2 and scales.shape[0] == num_tokens and scales.shape[1] > 0):
             raise wrong("x[1]", f"scales [{num_tokens}, S]", scales)
         return scales.detach()
@@ -198,8 +212,9 @@ class PendingDispatch:
         idx = request.topk_idx
         if not (isinstance(idx, Tensor)):
             raise wrong("topk_idx", "a tensor [T, K]", idx)
-        if not (idx.dtype is torch.int64 and idx.dim() == 2 and idx.is_cpu):
-            raise wrong("topk_idx", "int64 [T, K] on the CPU", idx)
+        where = self.buffer.device
+        if not (idx.dtype is torch.int64 and idx.dim() == 2 and idx.device == where):
+            raise wrong("topk_idx", f"int64 [T, K] {place(where)}", idx)
         if not (idx.shape[0] == num_tokens and idx.shape[1] >= 1):
             raise wrong("topk_idx", f"[{num_tokens}, K >= 1]", idx)
         if not (isinstance(request.num_experts, int) and 0 < request.num_experts < 2**31):
@@ -315,7 +330,7 @@ class PendingDispatch:
                 tokens_of=self.call.tokens_of, totals=self.call.totals,
                 forward_counts=forward_counts, lane_rows=self.lane_rows, recv_tokens=self.recv_tokens,
                 positions=self.positions, forward_tokens=forward_tokens, forward_rows=forward_rows,
-                tokens_per_expert=self.tokens_per_expert, generation=self.buffer.generation,
+                tokens_per_expert=self.tokens_per_expert, told=no_words(), generation=self.buffer.generation,
             )  # fmt: skip
         out_x, ids, weights = self.out
         self.result = Dispatched(out_x, ids, weights, self.tokens_per_expert, handle)
@@ -365,9 +380,14 @@ def load_handle(call: _engine.Call, handle: Handle, node_ranks: int) -> None:
 
 
 @functools.cache
-def no_rows(columns: int) -> Tensor:
+def no_rows(columns: int, where: torch.device = CPU) -> Tensor:
     """int32 [0, columns]; [0] for columns = 0."""
-    return torch.empty((0, columns) if columns else 0, dtype=torch.int32)
+    return torch.empty((0, columns) if columns else 0, dtype=torch.int32, device=where)
+
+
+@functools.cache
+def no_words() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 def take_forward(call: _engine.Call, node_ranks: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:

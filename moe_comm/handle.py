@@ -16,7 +16,9 @@ HOPS = ("node", "rank")
 
 @dataclasses.dataclass
 class Handle:
-    """Made by `Buffer.dispatch`; opaque to users. All tensors int32 on the CPU unless said otherwise.
+    """Made by `Buffer.dispatch`; opaque to users. All tensors int32 on the Buffer's device unless said otherwise.
+
+    Numbers that a device has not told the host are 0: `number`, `tokens_of` and `totals`.
 
     A handle of a hooked dispatch is complete once the hook was called; using it earlier is an error.
     """
@@ -40,13 +42,14 @@ class Handle:
     forward_tokens: Tensor  # [sum of forward_counts]
     forward_rows: Tensor  # [sum of forward_counts, G]
     tokens_per_expert: Tensor  # [L] int64
+    told: Tensor  # int64: what kernels know of the sources (kernels/headers.cuh: Told and tables); else empty
     generation: int = 0  # of the Buffer: a recovery ends the handles before it
     complete: bool = True
 
     @property
     def num_recv_rows(self) -> int:
-        """Rows received: one for each (token, this rank)."""
-        return sum(self.totals)
+        """Rows received: one for each (token, this rank); on a device whose host knows no number, room for them."""
+        return len(self.recv_tokens)
 
     def to_tensors(self) -> list[Tensor]:
         """For `torch.library` and `save_for_backward`: a list of tensors that `from_tensors` reads. No two are the
@@ -60,7 +63,7 @@ class Handle:
         ]  # fmt: skip
         tables = (
             self.lane_rows, self.recv_tokens, self.positions, self.forward_tokens, self.forward_rows,
-            self.tokens_per_expert,
+            self.tokens_per_expert, self.told,
         )  # fmt: skip
         own = [table if table.numel() else table.new_empty(table.shape) for table in tables]
         return [torch.tensor(numbers, dtype=torch.int64), *own]
@@ -92,9 +95,9 @@ class Handle:
             generation,
         ) = fields
         place_shape, tokens_of, totals, forward_counts = lists
-        lane_rows, recv_tokens, positions, forward_tokens, forward_rows, counts = tensors[1:7]
+        lane_rows, recv_tokens, positions, forward_tokens, forward_rows, counts, told = tensors[1:8]
         return cls(
             group_key, number, rank, HOPS[hops], LAYOUTS[layout], num_experts, topk, num_tokens, num_places,
             place_shape, tokens_of, totals, forward_counts, lane_rows, recv_tokens, positions,
-            forward_tokens, forward_rows, counts, generation,
+            forward_tokens, forward_rows, counts, told, generation,
         )  # fmt: skip

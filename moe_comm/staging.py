@@ -139,7 +139,8 @@ def staged(
         @functools.wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             device = device_of(args[0] if args else kwargs.get(first))
-            if device is None:
+            owner = getattr(self, "runtime", self)
+            if device is None or device == getattr(owner, "device", None):
                 return method(self, *args, **kwargs)
             say_mode(device.type)
             bound = signature.bind(self, *args, **kwargs)

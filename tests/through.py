@@ -1,10 +1,15 @@
-"""The suites of CPU tensors again, through another device: `pytest tests/ep --through far` (or cuda).
+"""The suites of CPU tensors again, through another device: `pytest tests/ep --through far` (or cuda, or kernels).
 
 Public calls are wrapped: tensors they are given are moved to the device, the real call runs on those, and what it
 returns is moved back and compared as ever. far: tests/far.py, a pretended one. cuda: the first GPU.
+kernels: Buffers that can be are made of kernels, run by threads of the host (tests/kernels/host_device.py).
 """
 
 import functools
+import os
+import sys
+import tempfile
+from pathlib import Path
 
 import far
 import torch
@@ -12,9 +17,10 @@ import torch
 import moe_comm
 from moe_comm import Dispatched
 from moe_comm.event import Hook
+from moe_comm.group import EPGroup
 
-KINDS = ("far", "cuda")
-VARIABLE = "MOE_COMM_TEST_THROUGH"
+KINDS = ("far", "cuda", "kernels")
+VARIABLE, LIBRARY = "MOE_COMM_TEST_THROUGH", "MOE_COMM_TEST_KERNELS"
 _real: dict = {}
 
 
@@ -79,11 +85,42 @@ def wrap(method, kind):
 
 def install(kind):
     """Wraps moe_comm.Buffer's calls in this process."""
+    if kind == "kernels":
+        return install_kernels()
     if kind == "far":
         far.install()
     for name in ("dispatch", "combine"):
         method = _real.setdefault(name, getattr(moe_comm.Buffer, name))
         setattr(moe_comm.Buffer, name, wrap(method, kind))
+
+
+MOST_TOKENS = 512
+
+
+def install_kernels():
+    sys.path.append(str(Path(__file__).parent / "kernels"))
+    import host_device
+
+    library = os.environ.get(LIBRARY)
+    if library is None:
+        library = os.environ[LIBRARY] = host_device.build(
+            Path(tempfile.mkdtemp(prefix="moe_comm_kernels_"))
+        )
+    host_device.run_on_host(library)
+    make = _real.setdefault("__init__", moe_comm.Buffer.__init__)
+
+    @functools.wraps(make)
+    def init(self, group=None, *, hops="node", ranks_per_node=None, max_tokens=None, **options):
+        ranks = EPGroup.of(group).num_ranks
+        given = ranks_per_node or int(os.environ.get("MOE_COMM_RANKS_PER_NODE", "0"))
+        pairs = hops == "rank" or given in (0, ranks)
+        if pairs and not options.get("mask_lost") and not options.get("window_bytes"):
+            options["device"], max_tokens = "cpu", max_tokens or MOST_TOKENS
+        make(
+            self, group, hops=hops, ranks_per_node=ranks_per_node, max_tokens=max_tokens, **options
+        )
+
+    moe_comm.Buffer.__init__ = init
 
 
 def uninstall():

@@ -25,6 +25,8 @@ def pytest_collection_modifyitems(config, items):
         params = getattr(item, "callspec", _none).params.values()
         if through and ("chaos" in params or item.get_closest_marker("host")):
             return False
+        if through == "kernels" and item.get_closest_marker("loops"):
+            return False
         return not ("chaos" in params and item.get_closest_marker("plain"))
 
     items[:] = filter(is_run, items)

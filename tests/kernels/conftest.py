@@ -3,9 +3,7 @@
 import ctypes
 import importlib.util
 import os
-import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,22 +21,11 @@ def need_triton(request):
         pytest.skip("Triton is not installed (make test-kernels installs it)")
 
 
-SOURCE = Path(__file__).parent / "fused_host.cpp"
-CXX = shlex.split(os.environ.get("CXX") or "g++")
-FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-pthread", "-shared", "-fPIC"),
-    *("-Wall", "-Wextra", "-Werror"),
-]
-
-
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     """The fused kernels as host code."""
-    if not shutil.which(CXX[0]):
-        pytest.skip(f"no {CXX[0]}")
-    path = tmp_path_factory.mktemp("fused") / "fused_host.so"
-    done = subprocess.run(
-        [*CXX, *FLAGS, str(SOURCE), "-o", str(path)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(path))
+    import host_device  # and kernels with it: Triton's mode is set
+
+    if not shutil.which(host_device.CXX[0]):
+        pytest.skip(f"no {host_device.CXX[0]}")
+    return ctypes.CDLL(host_device.build(tmp_path_factory.mktemp("fused")))

@@ -3,6 +3,7 @@
 #include "../../csrc/ring.hpp"
 #include "../../kernels/combine.cuh"
 #include "../../kernels/dispatch.cuh"
+#include "../../kernels/headers.cuh"
 #include "../../kernels/receive.cuh"
 #include "host_block.hpp"
 
@@ -23,6 +24,22 @@ void forward(const receive::Forward* a, uint64_t num_blocks, uint64_t num_thread
 
 void unpack(const receive::Unpack* a, uint64_t num_blocks, uint64_t num_threads) {
   launch(num_blocks, num_threads, [a](HostBlock& block) { receive::unpack(block, *a); });
+}
+
+void begin(const headers::Begin* a) {
+  launch(1, 3, [a](HostBlock& block) { headers::begin(block, *a); });
+}
+
+void write_headers(const headers::Write* a, uint64_t num_blocks, uint64_t num_threads) {
+  launch(num_blocks, num_threads, [a](HostBlock& block) { headers::write(block, *a); });
+}
+
+void check_headers(const headers::Check* a) {
+  launch(1, 3, [a](HostBlock& block) { headers::check(block, *a); });
+}
+
+void collect(const headers::Collect* a, uint64_t num_blocks, uint64_t num_threads) {
+  launch(num_blocks, num_threads, [a](HostBlock& block) { headers::collect(block, *a); });
 }
 
 // dtype as in moe_comm/layout.py.
@@ -58,7 +75,8 @@ void push(const DeviceRing* ring, const Transfer* transfers, uint32_t* status,
 }
 
 void arm(const DeviceRing* ring, uint32_t channel, uint32_t word_idx, uint64_t epoch,
-         uint32_t timeout_ms, ArmedWord* word, uint32_t* status) {
+         const uint64_t* base, uint32_t timeout_ms, ArmedWord* word, uint32_t* status) {
+  if (base != nullptr) epoch += *base;
   launch(1, 1, [=](HostBlock& block) {
     *status = device::arm(block, *ring, Arm{channel, word_idx, epoch, timeout_ms}, word);
   });

@@ -59,6 +59,9 @@ struct HostBlock : HostAccess {
   uint64_t arrive(uint64_t* word) {
     return std::atomic_ref(*word).fetch_add(1, std::memory_order_acq_rel);
   }
+  void add(uint64_t* word, uint64_t value) const {
+    std::atomic_ref(*word).fetch_add(value, std::memory_order_relaxed);
+  }
   void store_command(Command* slot, const Command& command) {
     store_release(&slot->word1, command.word1);
     store_release(&slot->word0, command.word0);

@@ -15,11 +15,12 @@ from moe_comm.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
-# Of one thread. Recorded 2026-11-21 (nvcc 13.0, most of three architectures): push 18, arm 20, wait 12, dispatch 38,
-# sums 71 to 99. More is a decision, not an accident.
+# Of one thread. Recorded 2026-11-21 (nvcc 13.0, most of three architectures): push 18, arm 20, wait 12, dispatch 52,
+# sums 71 to 99, headers 24 to 48. More is a decision, not an accident.
 MAX_REGISTERS = {
-    "moe_comm_push": 24, "moe_comm_arm": 24, "moe_comm_wait": 16, "moe_comm_dispatch_send": 48,
+    "moe_comm_push": 24, "moe_comm_arm": 24, "moe_comm_wait": 16, "moe_comm_dispatch_send": 56,
     "moe_comm_dispatch_forward": 48, "moe_comm_dispatch_unpack": 48,
+    "moe_comm_begin": 32, "moe_comm_write_headers": 40, "moe_comm_check_headers": 56, "moe_comm_collect": 32,
     **{f"moe_comm_combine_send_{dtype}": 104 for dtype in ("bf16", "f16", "f32", "f64")},
 }  # fmt: skip
 
@@ -150,7 +151,9 @@ def test_a_cache_that_cannot_be_written_is_not_used(nvrtc, tmp_path):
 
 
 def test_errors(nvrtc, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"name: expected one of .*dispatch, ring, got 'rings'"):
+    with pytest.raises(
+        ValueError, match=r"name: expected one of .*dispatch, headers, ring, got 'rings'"
+    ):
         cuda.cubin("rings", "sm_80", cache=tmp_path)
     with pytest.raises(ValueError, match="expected a device of sm_80 or newer, got sm_75"):
         cuda.architecture((7, 5))

@@ -8,7 +8,7 @@ import torch
 from test_kernels import FLOATS, bits, lanes_of, make_terms, random_bytes, random_topk
 
 from moe_comm.kernels import TORCH
-from moe_comm.kernels.fused import Combine, DeviceRing, Forward, Send, Unpack
+from moe_comm.kernels.fused import Combine, DeviceRing, Forward, Group, Release, Send, Unpack
 from moe_comm.layout import DTYPE_CODES, RowFormat
 
 
@@ -72,8 +72,9 @@ def test_send(library, num_blocks, num_threads, parts, capacity):
                 first_token=first, last_token=last, scales_at=f.scales_at, token_at=f.token_at, ids_at=f.ids_at,
                 weights_at=f.weights_at,
             )  # fmt: skip
-        windows = Words([window.data_ptr() for window in got])
-        link_words = Words([[10 + lane, lane << 4, lane << 8, 256] for lane in links])
+        windows = Words([window.data_ptr() - 256 for window in got])
+        number = Words([epoch])
+        link_words = Words([[10 + lane, 0, lane << 4, lane << 8] for lane in links])
         commit_words = Words([0, 0])
         commits = Words([commit_words.at, commit_words.at + 8])
         arrived, status = Words([0, 0]), Words([0])
@@ -82,8 +83,8 @@ def test_send(library, num_blocks, num_threads, parts, capacity):
             x.data_ptr(), 2 * x.stride(0), 2 * hidden, scales.data_ptr() if with_scales else 0, 4 * scales.stride(0),
             4 * scales.stride(1), 4, 5, 0 if cached else idx.data_ptr(), weights.data_ptr() if with_weights else 0,
             topk, routed.lane_rows.data_ptr(), routed.round_starts[round_idx].data_ptr(), num_lanes, first, last,
-            f.scales_at, f.token_at, f.ids_at, f.weights_at, f.row_bytes, windows.at, lanes.at, len(links), len(local),
-            link_words.at, commits.at, epoch, arrived.at, status.at, ring,
+            f.scales_at, f.token_at, f.ids_at, f.weights_at, f.row_bytes, windows.at, 256, lanes.at, len(links),
+            len(local), link_words.at, commits.at, number.at, arrived.at, status.at, ring,
         )  # fmt: skip
         library.dispatch_send(ctypes.byref(arguments), num_blocks, num_threads)
         for lane in range(num_lanes):
@@ -102,7 +103,7 @@ def test_a_full_ring_is_reported_and_the_node_still_gets_its_rows(library):
     """No room and nobody takes: bounded, in the status word; the kernel ends normally."""
     x, rows = torch.zeros(1, 8, dtype=torch.int16), torch.zeros(1, 4, dtype=torch.int32)
     window = torch.full((4, 16), 7, dtype=torch.uint8)
-    windows, links = Words([window[i].data_ptr() for i in range(4)]), Words([[1, 0, 0, 256]] * 3)
+    windows, links = Words([window[i].data_ptr() for i in range(4)]), Words([[1, 0, 0, 0]] * 3)
     commit, status, arrived = Words([0]), Words([0]), Words([0, 0])
     commits, lanes, starts = (
         Words([commit.at]),
@@ -110,9 +111,10 @@ def test_a_full_ring_is_reported_and_the_node_still_gets_its_rows(library):
         Words([0] * 8, torch.int32),
     )
     ring, kept = new_ring(2, timeout_s=0.01)
+    number = Words([5])
     arguments = Send(
         x.data_ptr(), 16, 16, 0, 0, 0, 0, 0, 0, 0, 1, rows.data_ptr(), starts.at, 4, 0, 1, 0, 0, 0, 0, 16, windows.at,
-        lanes.at, 3, 1, links.at, commits.at, 5, arrived.at, status.at, ring,
+        0, lanes.at, 3, 1, links.at, commits.at, number.at, arrived.at, status.at, ring,
     )  # fmt: skip
     library.dispatch_send(ctypes.byref(arguments), 2, 4)
     assert status.tensor.tolist() == [1], "kWaitTimeout"
@@ -147,14 +149,14 @@ def test_combine_send(library, dtype, weighted, biased, inner, num_blocks, num_t
     groups = Words(
         [[window[first].data_ptr(), row_bytes, first, n] for first, n in ((0, 4), (4, 0), (4, 17))]
     )
-    links = Words([[7, 16, 32, 256], [8, 48, 64, 256]])
+    links = Words([[7, 0, 16, 32], [8, 0, 48, 64]])
     commit, status, arrived = Words([0]), Words([0]), Words([0, 0])
-    commits = Words([commit.at])
+    commits, number = Words([commit.at]), Words([epoch])
     ring, kept = new_ring(4)
     arguments = Combine(
         memory.data_ptr(), offsets.data_ptr(), weights.data_ptr() if weighted else 0, bias.data_ptr() if biased else 0,
-        2 * width * item, num_terms, *inner, width * item, groups.at, 2, 1, links.at, row_bytes, commits.at, epoch,
-        arrived.at, status.at, ring,
+        2 * width * item, num_terms, *inner, width * item, groups.at, 2, 1, links.at, 256, row_bytes, commits.at,
+        number.at, arrived.at, status.at, ring,
     )  # fmt: skip
     library.combine_send(ctypes.byref(arguments), DTYPE_CODES[dtype], num_blocks, num_threads)
     got = window[:, : width * item].view(dtype)
@@ -187,43 +189,107 @@ def test_forward(library, num_rows, num_blocks, num_threads):
         Words([num_rows], torch.int32),
         Words([0]),
     )
+    newest = Words([epoch])
+    release = Release(words=words.at, num_words=3, epoch=newest.at, arrived=arrived.at)
     arguments = Forward(
-        rows.data_ptr(), number.at, row_bytes, table.data_ptr(), node_ranks, starts.data_ptr(), windows.at, words.at, 3,
-        epoch, arrived.at,
+        rows.data_ptr(), number.at, row_bytes, table.data_ptr(), node_ranks, starts.data_ptr(), windows.at, release
     )  # fmt: skip
     library.forward(ctypes.byref(arguments), num_blocks, num_threads)
     assert torch.equal(got, want)
     assert told.tensor.tolist() == [epoch] * 3 and arrived.tensor.tolist() == [0]
 
 
-@pytest.mark.parametrize("num_rows, num_positions", [(0, 1), (1, 3), (17, 1), (17, 4)])
+@pytest.mark.parametrize(
+    "rows_of, num_positions", [([0], 1), ([1], 3), ([17], 1), ([9, 0, 8], 4), ([3, 5], 0)]
+)
 @pytest.mark.parametrize("scale_bytes", [0, 7, 20])
 @pytest.mark.parametrize("num_blocks, num_threads", [(1, 1), (4, 3)])
-def test_unpack(library, num_rows, num_positions, scale_bytes, num_blocks, num_threads):
+def test_unpack(library, rows_of, num_positions, scale_bytes, num_blocks, num_threads):
+    """Windows of several sources at once; without positions rows keep their order. Then banks are free."""
     f = RowFormat.of_dispatch(80, scale_bytes, 2, weights=True)
-    rows = random_bytes(num_rows + 3, f.row_bytes, seed=6)
-    num_places, epoch = 90, 11
-    places = torch.randperm(num_places, generator=torch.Generator().manual_seed(1)).int()
-    positions = places[: (num_rows + 3) * num_positions].view(num_rows + 3, num_positions)
-    positions = torch.where(positions % 4 == 0, -1, positions)
+    head, num_places, epoch, num_rows = 48, 90, 11, sum(rows_of)
+    windows = [random_bytes(n + 3, f.row_bytes, seed=6 + s) for s, n in enumerate(rows_of)]
+    rows = torch.cat([window[:n] for window, n in zip(windows, rows_of)])
+    positions = torch.arange(num_rows, dtype=torch.int32)[:, None]
+    if num_positions:
+        places = torch.randperm(num_places, generator=torch.Generator().manual_seed(1)).int()
+        positions = places[: num_rows * num_positions].view(num_rows, num_positions)
+        positions = torch.where(positions % 4 == 0, -1, positions)
     x, scales = (
         torch.full((num_places, 40), -3, dtype=torch.int16),
         torch.ones(num_places, scale_bytes),
     )
     outs = [(x.clone(), scales.to(torch.uint8)) for _ in range(2)]
     TORCH.unpack(
-        outs[0][0], rows[:num_rows], positions[:num_rows], out_scales=outs[0][1] if scale_bytes else None,
-        scales_at=f.scales_at,
+        outs[0][0], rows, positions, out_scales=outs[0][1] if scale_bytes else None, scales_at=f.scales_at
     )  # fmt: skip
-    told, number, arrived = Words([0]), Words([num_rows], torch.int32), Words([0])
-    words = Words([told.at])
+    told, counts, arrived, status = (
+        Words([0, 0]),
+        Words(rows_of, torch.int32),
+        Words([0]),
+        Words([0]),
+    )
+    starts = Words([sum(rows_of[:s]) for s in range(len(rows_of))], torch.int32)
+    words, newest = Words([told.at, told.at + 8]), Words([epoch])
+    links, at = Words([[3, 4, 0, 0], [5, 6, 0, 0]]), Words([w.data_ptr() - head for w in windows])
+    ring, kept = new_ring(4)
+    release = Release(words.at, 2, links.at, 2, newest.at, arrived.at, status.at, ring)
     arguments = Unpack(
-        rows.data_ptr(), number.at, f.row_bytes, 80, positions.data_ptr(), num_positions, outs[1][0].data_ptr(),
-        outs[1][1].data_ptr() if scale_bytes else 0, f.scales_at, scale_bytes, words.at, 1, epoch, arrived.at,
+        at.at, len(windows), head, counts.at, starts.at, f.row_bytes, 80, positions.data_ptr() if num_positions else 0,
+        num_positions, outs[1][0].data_ptr(), outs[1][1].data_ptr() if scale_bytes else 0, f.scales_at, scale_bytes,
+        release,
     )  # fmt: skip
     library.unpack(ctypes.byref(arguments), num_blocks, num_threads)
     assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
-    assert told.tensor.tolist() == [epoch] and arrived.tensor.tolist() == [0]
+    assert (
+        told.tensor.tolist() == [epoch] * 2
+        and arrived.tensor.tolist() == [0] == status.tensor.tolist()
+    )
+    assert (
+        take_all(library, arguments.release.ring) == {(4, epoch, 0, 0, 0), (6, epoch, 0, 0, 0)}
+        and kept
+    )
+
+
+@pytest.mark.parametrize("num_columns", [1, 3, 8])
+def test_columns(library, num_columns):
+    """fp32 columns beside the rows: stored, then added in the order of the terms."""
+    num_rows, width, at, row_bytes = 7, 8, 16, 48
+    y = torch.randn(num_rows, width).bfloat16()
+    columns = torch.randn(num_rows, num_columns)
+    window = torch.full((num_rows, row_bytes), 0xA5, dtype=torch.uint8)
+    offsets, newest, arrived = (
+        (torch.arange(num_rows) * 16)[:, None].contiguous(),
+        Words([4]),
+        Words([0, 0]),
+    )
+    common = {"payload_bytes": 16, "num_local": 1, "epoch": newest.at, "arrived": arrived.at, "columns_at": at,
+              "num_columns": num_columns}  # fmt: skip
+    store = Combine(
+        memory=y.data_ptr(), offsets=offsets.data_ptr(), num_terms=1, columns=columns.data_ptr(),
+        whole=Group(window.data_ptr(), row_bytes, 0, num_rows), **common,
+    )  # fmt: skip
+    library.combine_send(ctypes.byref(store), 1, 2, 2)
+    assert torch.equal(bits(window[:, :16].contiguous().view(torch.bfloat16)), bits(y))
+    stored = window[:, at : at + 4 * num_columns].contiguous().view(torch.float32)
+    assert (
+        torch.equal(bits(stored), bits(columns))
+        and (window[:, at + 4 * num_columns :] == 0xA5).all()
+    )
+    terms = torch.tensor([[0, 2, 5], [-1, 6, 1], [-1, -1, -1], [-1, 3, -1]])
+    offsets = torch.where(terms >= 0, terms * row_bytes, -1)
+    out, out_columns = (
+        torch.zeros(4, width, dtype=torch.bfloat16),
+        torch.full((4, num_columns), 7.0),
+    )
+    add = Combine(
+        memory=window.data_ptr(), offsets=offsets.data_ptr(), num_terms=3, out_columns=out_columns.data_ptr(),
+        whole=Group(out.data_ptr(), 16, 0, 4), **common,
+    )  # fmt: skip
+    library.combine_send(ctypes.byref(add), 1, 2, 2)
+    c = columns
+    want = torch.stack([(c[0] + c[2]) + c[5], c[6] + c[1], torch.zeros(num_columns), c[3]])
+    assert torch.equal(bits(out_columns), bits(want))
 
 
 def test_behind_a_wait_that_failed_kernels_do_nothing(library):
@@ -236,10 +302,21 @@ def test_behind_a_wait_that_failed_kernels_do_nothing(library):
         Words([words.at]),
         Words([0] * 2, torch.int32),
     )
-    lanes, links, failed = Words([0, 0], torch.int32), Words([[1, 0, 0, 256]]), Words([0])
+    lanes, links, failed = Words([0, 0], torch.int32), Words([[1, 2, 0, 0]]), Words([0])
     ring, kept = new_ring(4)
     group = Words([[window.data_ptr(), 16, 0, 1]] * 2)
-    common = {"epoch": 5, "arrived": counts.at}
+    newest = Words([5])
+    common = {"epoch": newest.at, "arrived": counts.at}
+    source = Words([x.data_ptr()])
+    release = Release(
+        words=tell.at,
+        num_words=1,
+        links=links.at,
+        num_links=1,
+        status=failed.at,
+        ring=ring,
+        **common,
+    )
     structs = {
         "dispatch_send": Send(
             x=x.data_ptr(), x_stride=16, payload_bytes=16, lane_rows=rows.data_ptr(), starts=starts.at, num_lanes=1,
@@ -252,11 +329,11 @@ def test_behind_a_wait_that_failed_kernels_do_nothing(library):
         ),
         "forward": Forward(
             rows=x.data_ptr(), num_rows=n.at, row_bytes=16, table=rows.data_ptr(), node_ranks=1, starts=starts.at,
-            windows=windows.at, words=tell.at, num_words=1, **common,
+            windows=windows.at, release=release,
         ),
         "unpack": Unpack(
-            rows=x.data_ptr(), num_rows=n.at, row_bytes=16, payload_bytes=16, positions=rows.data_ptr(),
-            num_positions=1, out_x=window.data_ptr(), words=tell.at, num_words=1, **common,
+            windows=source.at, num_sources=1, num_rows=n.at, starts=starts.at, row_bytes=16,
+            payload_bytes=16, positions=rows.data_ptr(), num_positions=1, out_x=window.data_ptr(), release=release,
         ),
     }  # fmt: skip
     offsets = torch.zeros(1, 1, dtype=torch.int64)
@@ -264,14 +341,14 @@ def test_behind_a_wait_that_failed_kernels_do_nothing(library):
     for name, struct in structs.items():
         more = (ctypes.c_uint64(1),) if name == "combine_send" else ()
         for waited, came in ((status, False), (Words([0]), True)):
-            struct.waited = waited.at
+            (struct if name.endswith("send") else struct.release).waited = waited.at
             getattr(library, name)(
                 ctypes.byref(struct), *more, ctypes.c_uint64(2), ctypes.c_uint64(2)
             )
             assert (window[0] != 7).any().item() == came and words.tensor.item() == 5 * came, name
             assert counts.tensor.tolist() == [0, 0]
             pushed = take_all(library, ring)
-            assert bool(pushed) == (came and name.endswith("send")), name
+            assert bool(pushed) == came, name
         window.fill_(7)
         words.tensor.zero_()
     assert kept and failed.tensor.item() == 0

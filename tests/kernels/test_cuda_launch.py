@@ -21,7 +21,9 @@ from moe_comm.layout import DTYPE_CODES, RowFormat
 CXX = shlex.split(os.environ.get("CXX") or "g++")
 STRUCTS = {
     "DeviceRing": fused.DeviceRing, "dispatch::Arguments": fused.Send, "receive::Forward": fused.Forward,
-    "receive::Unpack": fused.Unpack, "combine::Arguments": fused.Combine,
+    "receive::Release": fused.Release, "receive::Unpack": fused.Unpack, "combine::Arguments": fused.Combine,
+    "combine::Group": fused.Group, "headers::Begin": fused.Begin, "headers::Write": fused.Write,
+    "headers::Check": fused.Check, "headers::Collect": fused.Collect,
 }  # fmt: skip
 
 
@@ -33,6 +35,7 @@ def test_structs_are_the_headers(tmp_path):
     lines = [
         "#include <cstddef>",
         '#include "combine.cuh"',
+        '#include "headers.cuh"',
         '#include "receive.cuh"',
         "using namespace moe_comm;",
     ]

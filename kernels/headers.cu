@@ -1,0 +1,16 @@
+// The kernels of headers.cuh.
+#include "headers.cuh"
+
+using namespace moe_comm;
+
+#define MOE_COMM_KERNEL(name, Arguments, function)                 \
+  extern "C" __global__ void __launch_bounds__(128)                \
+      name(const __grid_constant__ headers::Arguments arguments) { \
+    dispatch::Cta cta;                                             \
+    headers::function(cta, arguments);                             \
+  }
+
+MOE_COMM_KERNEL(moe_comm_begin, Begin, begin)
+MOE_COMM_KERNEL(moe_comm_write_headers, Write, write)
+MOE_COMM_KERNEL(moe_comm_check_headers, Check, check)
+MOE_COMM_KERNEL(moe_comm_collect, Collect, collect)

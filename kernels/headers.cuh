@@ -1,0 +1,316 @@
+// What an exchange says besides rows, in kernels: its epoch, headers sent, headers that came.
+//
+//   begin ─epoch, the bank's addresses, credits armed─→ write ─headers, counts─→ the kernel that
+//   sends rows check ─how many rows of whom, or why none may be touched─→ collect ─tokens, ids,
+//   weights─→ unpack, sums
+//
+// The epoch lies in device memory and is counted there, so a captured graph uses another one at
+// each replay; what depends on the bank is looked up with it. A header is believed if its digest
+// and all it says are this call's; else no row of that exchange is touched, and the host says what
+// was wrong from the copy in Told (csrc/receive.cpp: check_header).
+//
+// Pairs only: a lane is a rank. Written over a `Block` like dispatch.cuh.
+#pragma once
+
+#include "combine.cuh"
+
+namespace moe_comm::headers {
+
+using dispatch::Words;
+
+// One block. Everything is 8 bytes wide, in all structs.
+struct Begin {
+  uint64_t* next;          // this rank's next epoch
+  const uint64_t* tables;  // [kNumBanks, num_words] what depends on the bank
+  uint64_t num_words;
+  uint64_t* call;  // [1 + num_words]: the epoch of this call, then its bank's table
+  DeviceRing ring;
+  uint64_t
+      wait;  // for all to have released the epoch before in this bank, and its writes to have left
+  uint64_t word_idx, timeout_ms;
+  ArmedWord* word;
+};
+
+struct Write {
+  const uint64_t* epoch;
+  const Header* like;       // [3] all but what follows; by what the route found wrong
+  const int32_t* error;     // [3] of the route: ERROR_…, token, entry; or null
+  const int64_t* topk_idx;  // [T, K] that it routed
+  uint64_t topk;
+  Header* staged;           // [num_ranks] device memory
+  uint8_t* const* windows;  // [num_ranks]
+  const uint32_t* lanes;    // [num_lanes] ranks that are there: links first, then those of the node
+  uint64_t num_lanes;
+  const uint32_t* rows;    // [num_ranks]
+  const uint32_t* counts;  // [num_ranks, num_counts] copies for each expert of the reader, or null
+  uint64_t num_counts, counts_bytes;
+  const uint64_t* identity;  // of the dispatch that this belongs to, or null
+  combine::Group* groups;    // [num_lanes] where the rows of a combine go, or null
+  const uint32_t* starts;    // [num_ranks] the first of those
+  uint64_t row_bytes;
+  uint64_t tokens;      // T here
+  uint64_t max_tokens;  // of any rank, or 0
+  const uint64_t* waited;
+};
+
+// What a rank learned from the headers of one exchange. The host gets a copy.
+struct Told {
+  uint64_t status;    // WaitStatus of the wait before
+  uint64_t bad;       // 1 + the first source whose header is not this call's; 0: none
+  uint64_t identity;  // of the dispatch, the same on all ranks
+  uint64_t num_rows;  // that came
+  uint64_t error[3];  // of the route here: ERROR_…, token, entry
+  // Of a fresh dispatch: the most tokens of a rank, and the fewest that a rank allows; and who.
+  uint64_t most, most_rank, allowed, allowed_rank;
+  Header header;  // of that source
+};
+
+struct Check {
+  const uint64_t* epoch;
+  const Header* like;             // what all must say
+  const uint64_t* identity;       // likewise, or null
+  const uint8_t* const* windows;  // [num_ranks]; null: an absent one's
+  uint64_t num_ranks;
+  uint64_t capacity;                  // rows of a window, at most
+  const uint32_t* expected;           // [num_ranks] rows of a cached dispatch, or null
+  uint64_t num_counts, counts_bytes;  // of a fresh dispatch; else 0
+  const int32_t* error;               // [3] of the route here, or null
+  Told* told;                         // the same whenever a call is repeated
+  uint64_t* told_epoch;
+  uint32_t* rows;    // [num_ranks]; 0 where none may be touched
+  uint32_t* starts;  // [num_ranks] rows of lower sources
+  uint32_t* tokens;  // [num_ranks] T of each
+  uint32_t* copies;  // [num_ranks, num_counts] for each expert here
+  const uint64_t* waited;
+};
+
+// The last bytes of each row, dense and in order: [sum of rows, out_stride].
+struct Collect {
+  const uint8_t* const* windows;  // [num_ranks]
+  uint64_t num_ranks, head_bytes, row_bytes;
+  const uint32_t* rows;
+  const uint32_t* starts;
+  uint64_t part_at, part_bytes;  // of a row; multiples of 4
+  uint8_t* out;
+  uint64_t out_stride;
+};
+
+template <class Block>
+MOE_COMM_DEVICE inline void begin(Block& block, const Begin& a) {
+  const uint64_t epoch = *a.next;
+  const uint64_t* table = a.tables + epoch % kNumBanks * a.num_words;
+  for (uint64_t i = block.thread(); i < a.num_words; i += block.num_threads()) {
+    a.call[1 + i] = table[i];
+  }
+  block.any(false);  // all have read the epoch
+  if (block.thread() != 0) return;
+  a.call[0] = epoch;
+  *a.next = epoch + 1;
+  const Arm credits{static_cast<uint32_t>(a.wait), static_cast<uint32_t>(a.word_idx),
+                    epoch - kNumBanks, static_cast<uint32_t>(a.timeout_ms)};
+  device::arm(block, a.ring, credits, a.word);
+}
+
+// As the host's digest of [num_counts] with zeros up to `num_bytes`.
+MOE_COMM_DEVICE inline uint32_t digest_of_counts(const uint32_t* counts, uint64_t num_counts,
+                                                 uint64_t num_bytes) {
+  const auto word = [&](uint64_t i) { return i < num_counts ? uint64_t{counts[i]} : 0; };
+  uint64_t digest = kDigestSeed;
+  for (uint64_t i = 0; i < num_bytes / 4; i += 2)
+    digest = mix_digest(digest, word(i) | word(i + 1) << 32);
+  return counts_digest(digest);
+}
+
+// Decimal digits of `number` behind `text[at]`; where they end. Nothing if there is no room.
+MOE_COMM_DEVICE inline uint32_t write_number(char* text, uint32_t at, int64_t number) {
+  uint64_t rest = number < 0 ? 0 - static_cast<uint64_t>(number) : static_cast<uint64_t>(number);
+  uint32_t length = number < 0 ? 2 : 1;
+  for (uint64_t more = rest; more >= 10; more /= 10) ++length;
+  if (at + length >= kHeaderTextBytes) return at;
+  if (number < 0) text[at] = '-';
+  uint32_t i = at + length;
+  do {
+    text[--i] = static_cast<char>('0' + rest % 10);
+    rest /= 10;
+  } while (rest != 0);
+  return at + length;
+}
+
+// The text of what the route found, with the expert, the token and the entry for each %.
+MOE_COMM_DEVICE inline void say_error(const Write& a, const char* like, char* text) {
+  const int64_t token = a.error[1], entry = a.error[2];
+  const uint64_t index = static_cast<uint64_t>(token) * a.topk + static_cast<uint64_t>(entry);
+  uint32_t at = 0, numbers = 0;
+  for (; *like != 0 && at + 1 < kHeaderTextBytes; ++like) {
+    if (*like != '%') {
+      text[at++] = *like;
+      continue;
+    }
+    at = write_number(text, at, numbers == 0 ? a.topk_idx[index] : numbers == 1 ? token : entry);
+    ++numbers;
+  }
+  text[at] = 0;
+}
+
+// This thread's part of the digest of topk_idx, as the host's (csrc/rows.cpp: route): a sum of
+// terms that know their place, in any order.
+template <class Block>
+MOE_COMM_DEVICE inline uint64_t routing_digest(const Block& block, const Write& a, uint64_t key) {
+  uint64_t sum = block.thread() == 0 ? key : 0;
+  for (uint64_t i = block.thread(); i < a.tokens * a.topk; i += block.num_threads()) {
+    sum += mix_digest(mix_digest(key, i), static_cast<uint64_t>(a.topk_idx[i]));
+  }
+  return sum;
+}
+
+template <class Block>
+MOE_COMM_DEVICE inline void write(Block& block, const Write& a) {
+  if (!dispatch::came(block, a.waited)) return;
+  const int32_t refused = a.error != nullptr ? *a.error : 0;
+  const bool with_counts = a.counts != nullptr && refused == 0;
+  for (uint64_t l = block.index(); l < a.num_lanes; l += block.num_blocks()) {
+    const uint64_t rank = a.lanes[l];
+    uint8_t* window = a.windows[rank];
+    Header& header = a.staged[rank];
+    auto* staged = reinterpret_cast<Words*>(&header);
+    const auto* like = reinterpret_cast<const Words*>(a.like + refused);
+    for (uint64_t i = block.thread(); i < kHeaderBytes / 16; i += block.num_threads())
+      staged[i] = like[i];
+    const uint32_t* counts = a.counts + rank * a.num_counts;
+    auto* there = reinterpret_cast<uint32_t*>(window + kHeaderBytes);
+    for (uint64_t i = block.thread(); with_counts && i < a.counts_bytes / 4;
+         i += block.num_threads()) {
+      there[i] = i < a.num_counts ? counts[i] : 0;
+    }
+    block.any(false);
+    if (a.topk_idx != nullptr) {  // `like` has 0
+      const uint64_t key = mix_digest(mix_digest(a.tokens, a.topk), header.agreed.num_experts);
+      block.add(&header.routing, routing_digest(block, a, key));
+    }
+    if (block.thread() == 0) {
+      header.epoch = *a.epoch;
+      header.rows = refused == 0 ? a.rows[rank] : 0;
+      header.agreed.max_tokens = static_cast<uint32_t>(a.max_tokens);
+      header.tokens = refused == 0 ? static_cast<uint32_t>(a.tokens) : 0;
+      if (with_counts) {
+        header.total_rows = header.rows;
+        header.counts = digest_of_counts(counts, a.num_counts, a.counts_bytes);
+      }
+      if (refused != 0) say_error(a, a.like[refused].text, header.text);
+      if (a.identity != nullptr) header.agreed.identity = *a.identity;
+      if (a.groups != nullptr) {
+        a.groups[l] = {window + kHeaderBytes, static_cast<int64_t>(a.row_bytes), a.starts[rank],
+                       header.rows};
+      }
+    }
+    block.any(false);  // also: its fields are written before its words are read
+    if (block.thread() == 0)
+      header.check = header_digest(reinterpret_cast<const uint64_t*>(staged));
+    block.any(false);
+    for (uint64_t i = block.thread(); i < kHeaderBytes / 16; i += block.num_threads()) {
+      reinterpret_cast<Words*>(window)[i] = staged[i];
+    }
+  }
+}
+
+// Whether all that a header says is what this call expects, but for T and max_tokens.
+template <class Block>
+MOE_COMM_DEVICE inline bool expected(const Block&, const Check& a, uint64_t source) {
+  const uint8_t* window = a.windows[source];
+  const Header& theirs = *reinterpret_cast<const Header*>(window);
+  const Header& mine = *a.like;
+  if (theirs.check != header_digest(reinterpret_cast<const uint64_t*>(window))) return false;
+  if (theirs.epoch != *a.epoch || theirs.version != kAbiVersion || theirs.kind != mine.kind)
+    return false;
+  if (theirs.status != kHeaderOk || theirs.rounds != 1 || theirs.rows > a.capacity) return false;
+  if (a.expected != nullptr && theirs.rows != a.expected[source]) return false;
+  const Agreed &t = theirs.agreed, &m = mine.agreed;
+  if (t.num_experts != m.num_experts || t.payload_bytes != m.payload_bytes || t.topk != m.topk ||
+      t.scale_bytes != m.scale_bytes || t.dtype != m.dtype || t.row_bytes != m.row_bytes ||
+      t.flags != m.flags || t.identity != (a.identity != nullptr ? *a.identity : m.identity)) {
+    return false;
+  }
+  if (a.num_counts == 0) return true;
+  const auto* counts = reinterpret_cast<const uint32_t*>(window + kHeaderBytes);
+  return theirs.total_rows == theirs.rows &&
+         theirs.counts == digest_of_counts(counts, a.num_counts, a.counts_bytes);
+}
+
+// One block.
+template <class Block>
+MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
+  uint64_t status = kWaitOk;
+  if (a.waited != nullptr) status = block.load_acquire(a.waited);  // H6
+  constexpr uint32_t kBad = ~0u;
+  for (uint64_t s = block.thread(); s < a.num_ranks; s += block.num_threads()) {
+    const bool there = status == kWaitOk && a.windows[s] != nullptr;
+    const bool good = !there || expected(block, a, s);
+    const auto* header = reinterpret_cast<const Header*>(a.windows[s]);
+    a.rows[s] = !good ? kBad : there ? header->rows : 0;
+    a.tokens[s] = good && there ? header->tokens : 0;
+    for (uint64_t i = 0; i < a.num_counts; ++i) {
+      const bool counted = good && there;
+      a.copies[s * a.num_counts + i] =
+          counted ? reinterpret_cast<const uint32_t*>(a.windows[s] + kHeaderBytes)[i] : 0;
+    }
+  }
+  block.any(false);
+  if (block.thread() != 0) return;
+  Told& told = *a.told;
+  told.status = status;
+  *a.told_epoch = *a.epoch;
+  for (int i = 0; i < 3; ++i)
+    told.error[i] = a.error != nullptr ? static_cast<uint64_t>(a.error[i]) : 0;
+  told.bad = 0;
+  told.most = told.most_rank = told.allowed_rank = 0;
+  told.allowed = ~0ull;
+  uint64_t identity = 0, total = 0;
+  for (uint64_t s = 0; s < a.num_ranks; ++s) {
+    if (a.rows[s] == kBad) {
+      if (told.bad == 0) told.bad = s + 1;
+      continue;
+    }
+    if (status != kWaitOk || a.windows[s] == nullptr) continue;
+    const Header& header = *reinterpret_cast<const Header*>(a.windows[s]);
+    identity = mix_digest(identity, header.routing) >> 1;
+    const uint64_t allowed = header.agreed.max_tokens;
+    if (header.tokens > told.most) {
+      told.most = header.tokens;
+      told.most_rank = s;
+    }
+    if (allowed != 0 && allowed < told.allowed) {
+      told.allowed = allowed;
+      told.allowed_rank = s;
+    }
+  }
+  const bool good = told.bad == 0 && told.most <= told.allowed;
+  for (uint64_t s = 0; s < a.num_ranks; ++s) {
+    if (!good) a.rows[s] = 0;
+    a.starts[s] = static_cast<uint32_t>(total);
+    total += a.rows[s];
+  }
+  told.identity = a.identity != nullptr ? *a.identity : identity;
+  told.num_rows = total;
+  if (told.bad != 0) told.header = *reinterpret_cast<const Header*>(a.windows[told.bad - 1]);
+}
+
+template <class Block>
+MOE_COMM_DEVICE inline void collect(Block& block, const Collect& a) {
+  for (uint64_t s = 0; s < a.num_ranks; ++s) {
+    for (uint64_t row = block.index(); row < a.rows[s]; row += block.num_blocks()) {
+      const auto* from = reinterpret_cast<const uint32_t*>(a.windows[s] + a.head_bytes +
+                                                           row * a.row_bytes + a.part_at);
+      auto* to = reinterpret_cast<uint32_t*>(a.out + (a.starts[s] + row) * a.out_stride);
+      for (uint64_t i = block.thread(); i < a.part_bytes / 4; i += block.num_threads())
+        to[i] = from[i];
+    }
+  }
+}
+
+#ifndef __CUDACC_RTC__
+static_assert(sizeof(Begin) == 8 * 8 + sizeof(DeviceRing) && sizeof(Write) == 20 * 8);
+static_assert(sizeof(Told) == 11 * 8 + kHeaderBytes && sizeof(Check) == 17 * 8 &&
+              sizeof(Collect) == 10 * 8);
+#endif
+
+}  // namespace moe_comm::headers

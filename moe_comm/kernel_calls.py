@@ -1,0 +1,443 @@
+"""A dispatch and a combine by kernels: the same checks, formats and results as the CPU's, other hands.
+
+    begin: credits · · · · route ─ write headers ─ pack, store, push
+                                   write headers ─ sum own copies, store, push
+    armed: rows · · · · ·  check headers ─ collect ─ places ─ unpack, release
+                           check headers ─ add, release
+
+All is launched on the exchange's stream (kernel_exchange.py). Exact layouts ask for sizes, once, between two waits;
+layout "padded" does not, and nothing does while a graph is captured: then outputs are as large as they can become.
+*Source*: ours.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _engine
+from .arguments import Found, wrong
+from .combine import COMBINE, CombineRequest, PendingCombine
+from .dispatch import DISPATCH, Dispatched, DispatchRequest, PendingDispatch, no_rows
+from .errors import ArgumentError
+from .handle import Handle
+from .kernel_exchange import HEADER_BYTES, KernelExchange, Report, Round, Told
+from .kernels import fused
+from .kernels.route import ERROR_RANGE
+from .layout import RowFormat, counts_bytes
+from .memory import allocated_by
+
+
+def route_texts(num_experts: int) -> tuple[str, str]:
+    """By what route finds wrong; the expert, the token and the entry come for each % (headers.cuh)."""
+    return (
+        f"topk_idx: expected expert ids in [0, {num_experts}) or -1, got % at [%, %]",
+        "topk_idx: expected different experts for one token, got expert % twice at token %",
+    )
+
+
+class KernelDispatch(PendingDispatch):
+    """A dispatch from its first send to its last receive."""
+
+    exchange: KernelExchange
+
+    def __init__(self, buffer: Any, request: DispatchRequest):
+        self.exchange, self.call = buffer.kernels, Round()
+        self.report: Report | None = None
+        super().__init__(buffer, request)
+
+    def refuse(self, text: str) -> None:
+        """This rank takes part with no tokens and `text`; `finish` raises it."""
+        self.error, self.text = ArgumentError(text), text
+
+    def _check(self) -> None:
+        super()._check()
+        request = self.request
+        if request.wait_ns is not None:
+            raise wrong("wait_ns", f"None on {self.exchange.device}", Found("one"))
+        most = self.buffer.num_ranks * (self.buffer.max_tokens or 0)
+        self.capacity = 0
+        if request.layout == "padded" and request.handle is None:
+            self.capacity = self.buffer.padded_capacity(request.capacity)
+        # A padded output that holds whatever comes needs no sizes.
+        self.exact = not (self.capacity >= most or self.exchange.capturing())
+        if 0 < self.capacity < most and not self.exact:
+            raise wrong("capacity", f"at least {most} while a graph is captured", self.capacity)
+
+    def _begin(self, found: _engine.CallFormat) -> None:
+        request = self.request
+        if len(self.x) > found.capacity:
+            raise wrong(
+                "x",
+                f"at most {found.capacity} tokens of such rows: more window_bytes hold more",
+                self.x,
+            )
+        scale_bytes = (
+            0 if self.scales is None else self.scales.shape[1] * self.scales.element_size()
+        )
+        self.row = RowFormat.of_dispatch(
+            self.hidden * self.dtype.itemsize, scale_bytes, self.topk, weights=self.weights is not None,
+            cached=request.handle is not None,
+        )  # fmt: skip
+        self.format = found
+        self.num_counts = self.counts_bytes = 0
+        if request.handle is None:
+            layout = self.buffer.layout
+            self.num_counts = -(-self.num_experts // layout.num_ranks)
+            self.counts_bytes = counts_bytes(
+                self.num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node"
+            )
+        texts = () if request.handle is not None else route_texts(self.num_experts)
+        self.like = self.exchange.kept_like(
+            (DISPATCH, self.dtype, self.row, self.num_experts), found, texts
+        )
+
+    # --- sending ---------------------------------------------------------------------------------
+
+    def send(self) -> None:
+        exchange, handle = self.exchange, self.request.handle
+        with exchange.on_stream():
+            call = self.call
+            exchange.begin(call, DISPATCH, self.request.timeout_s)
+            if self.error is not None:
+                send_refusal(exchange, call, DISPATCH, self.text)
+                return
+            x, scales, idx, weights, row = self.x, self.scales, self.idx, self.weights, self.row
+            exchange.used_by_stream(x, scales, idx, weights)
+            counts, error = {}, 0
+            if handle is None:
+                assert idx is not None
+                self.routed = exchange.kernels.route(
+                    idx, exchange.lane_of_rank, num_experts=self.num_experts, num_ranks=exchange.num_ranks,
+                    num_lanes=exchange.num_ranks, capacity=max(1, len(x)),
+                )  # fmt: skip
+                self.lane_rows, starts = self.routed.lane_rows, self.routed.round_starts
+                rows, error = self.routed.rank_counts, self.routed.error.data_ptr()
+                counts = {
+                    "counts": self.routed.expert_counts.data_ptr(), "num_counts": self.num_counts,
+                    "counts_bytes": self.counts_bytes, "error": error, "topk_idx": idx.data_ptr(),
+                    "topk": self.topk, "max_tokens": self.request.max_tokens or 0,
+                }  # fmt: skip
+            else:
+                self.lane_rows, starts = handle.lane_rows, sent_rows(exchange, handle)
+                rows = starts[exchange.num_ranks :]
+                counts = {"identity": Told(handle.told, exchange.num_ranks).identity}
+            exchange.write_headers(call, self.like, rows=rows.data_ptr(), tokens=len(x), **counts)
+            item = 0 if scales is None else scales.element_size()
+            exchange.send_rows(
+                call, x=x.data_ptr(), x_stride=x.stride(0) * x.element_size(), payload_bytes=row.payload_bytes,
+                scales=0 if scales is None else scales.data_ptr(),
+                scale_token_stride=0 if scales is None else scales.stride(0) * item,
+                scale_stride=0 if scales is None else scales.stride(1) * item,
+                scale_item=item, num_scales=0 if scales is None else scales.shape[1],
+                topk_idx=0 if idx is None else idx.data_ptr(),
+                topk_weights=0 if weights is None else weights.data_ptr(), topk=self.topk,
+                lane_rows=self.lane_rows.data_ptr(), starts=starts.data_ptr(), last_token=len(x),
+                scales_at=row.scales_at, token_at=row.token_at, ids_at=row.ids_at, weights_at=row.weights_at,
+                row_bytes=row.row_bytes, head_bytes=HEADER_BYTES + self.counts_bytes, error=error,
+            )  # fmt: skip
+
+    # --- receiving -------------------------------------------------------------------------------
+
+    def receive_first(self) -> None:
+        """Headers, and sizes if they are asked for."""
+        exchange, request = self.exchange, self.request
+        with exchange.on_stream():
+            exchange.await_rows(self.call, DISPATCH, request.timeout_s)
+            if self.error is not None:
+                return
+            expected: dict[str, int] = {"error": 0}
+            if request.handle is None:
+                expected["error"] = self.routed.error.data_ptr()
+            else:
+                handle = Told(request.handle.told, exchange.num_ranks)
+                expected |= {"expected": handle.rows.data_ptr(), "identity": handle.identity}
+            self.told = exchange.check_headers(
+                self.call, self.like, self.num_counts, counts_bytes=self.counts_bytes, capacity=self.format.capacity,
+                **expected,
+            )  # fmt: skip
+            judge = functools.partial(
+                judge_dispatch, exchange, self.format, self.num_experts, self.idx
+            )
+            self.report = exchange.report(self.told, judge)
+        if self.exact and request.handle is None:
+            self.known: Told | None = exchange.read(self.report, exchange.late_s(request.timeout_s))
+        else:
+            self.known = None
+
+    def receive(self, round_idx: int) -> None:
+        exchange = self.exchange
+        with exchange.on_stream():
+            if self.error is not None:
+                exchange.unpack(self.call, None)
+            elif self.request.handle is None:
+                self._place()
+            else:
+                self._place_again(self.request.handle)
+
+    def _place(self) -> None:
+        """Where each row goes; then it goes there."""
+        exchange, request, row, known = self.exchange, self.request, self.row, self.known
+        first = exchange.rank * self.num_counts
+        owned = max(0, min(self.num_counts, self.num_experts - first))
+        most = self.buffer.num_ranks * (self.buffer.max_tokens or 0)
+        copies = self.told.copies(self.num_counts)[:, :owned]
+        total = copies.sum(0, dtype=torch.int64)
+        if known is None:
+            num_rows, num_copies = most, most * min(self.topk, max(1, owned))
+            num_places = num_copies + owned * (request.alignment - 1)
+        else:
+            num_rows = int(known.num_rows)
+            counts = known.copies(self.num_counts)[:, :owned].sum(0, dtype=torch.int64)
+            sizes = -(-counts // request.alignment) * request.alignment
+            num_copies, num_places = int(counts.sum()), int(sizes.sum())
+            fullest = int(counts.max()) if owned else 0
+            if 0 < self.capacity < fullest:
+                self.error = ArgumentError(
+                    f"capacity: expected at least {fullest} rows for the fullest expert of rank "
+                    f"{exchange.rank}, got {self.capacity}"
+                )
+                return exchange.unpack(self.call, None)
+        shape: tuple[int, ...] = (num_places,)
+        if not self.expand:
+            shape = (num_rows,)
+        elif self.capacity:
+            shape = (owned, self.capacity)
+        if not math.prod(shape) < 2**31:
+            self.error = wrong("x", "fewer than 2^31 received rows", math.prod(shape))
+            return exchange.unpack(self.call, None)
+        next_places, _ = exchange.kernels.first_places(
+            total[None], alignment=request.alignment, capacity=self.capacity or None
+        )
+        meta = exchange.collect(
+            self.call, self.told, num_rows, head_bytes=HEADER_BYTES + self.counts_bytes, row_bytes=row.row_bytes,
+            part_at=row.token_at, part_bytes=4 + 4 * self.topk * (1 + (self.weights is not None)),
+        )  # fmt: skip
+        placed = exchange.kernels.places(
+            meta, next_places[0], first_expert=first, topk=self.topk, token_at=0, ids_at=4,
+            weights_at=4 + 4 * self.topk if self.weights is not None else 0,
+            num_rows=None if known is not None else self.told.num_rows,
+        )  # fmt: skip
+        ids, weights = placed.ids, placed.weights
+        if self.expand:
+            ids, weights = self._by_place(placed, math.prod(shape))
+        self.tokens_per_expert, self.recv_tokens = total, placed.tokens
+        self.positions = placed.positions if self.expand else no_rows(self.topk, exchange.device)
+        padded = known is None or (self.expand and math.prod(shape) != num_copies)
+        self._unpack(shape, padded)
+        if request.layout == "padded":
+            ids = None
+            weights = None if weights is None else weights.view(shape)
+        self.out = (self.out_x, ids, weights)
+
+    def _by_place(self, placed: Any, num_places: int) -> tuple[Tensor, Tensor | None]:
+        exchange, weights = self.exchange, None
+        ids = exchange.new((num_places,), torch.int64).fill_(-1)
+        exchange.kernels.unpack_lanes(ids, placed.ids, placed.positions)
+        if placed.weights is not None:
+            weights = exchange.new((num_places,), torch.float32).fill_(0)
+            exchange.kernels.unpack_lanes(weights, placed.weights, placed.positions)
+        return ids, weights
+
+    def _place_again(self, handle: Handle) -> None:
+        self.tokens_per_expert, self.recv_tokens = handle.tokens_per_expert, handle.recv_tokens
+        self.positions = handle.positions
+        self._unpack(handle.place_shape, self.expand or not handle.number)
+        self.out = (self.out_x, None, None)
+
+    def _unpack(self, shape: tuple[int, ...], padded: bool) -> None:
+        exchange, row = self.exchange, self.row
+        x, scales = exchange.new((*shape, self.hidden), self.dtype), None
+        if self.scale_shape is not None:
+            scales = exchange.new((*shape, self.scale_shape[0]), self.scale_shape[1])
+        for tensor in (x, scales):
+            if padded and tensor is not None:
+                tensor.view(torch.uint8).fill_(0)  # not every dtype can be filled
+        exchange.unpack(
+            self.call, self.told, head_bytes=HEADER_BYTES + self.counts_bytes, row_bytes=row.row_bytes,
+            payload_bytes=row.payload_bytes, positions=self.positions.data_ptr() if self.expand else 0,
+            num_positions=self.topk, out_x=x.data_ptr(), out_scales=0 if scales is None else scales.data_ptr(),
+            scales_at=row.scales_at, scale_bytes=row.scale_bytes,
+        )  # fmt: skip
+        self.out_x = x if scales is None else (x, scales)
+        self.places, self.shape = math.prod(shape), shape
+
+    def finish(self) -> Dispatched:
+        exchange, handle, known = self.exchange, self.request.handle, getattr(self, "known", None)
+        if known is not None and self.report is not None:
+            self.report.look()
+        elif self.report is not None:
+            exchange.leave(self.report)
+        if self.error is not None:
+            raise self.error
+        x, ids, weights = self.out
+        payload, scales = x if isinstance(x, tuple) else (x, None)
+        if handle is None:
+            none, nodes = (0,) * exchange.num_ranks, self.buffer.topology.num_nodes
+            handle = Handle(
+                group_key=self.buffer.group_key, number=0 if known is None else int(known.words[2]),
+                rank=exchange.rank, hops=self.buffer.hops, layout=self.request.layout, num_experts=self.num_experts,
+                topk=self.topk, num_tokens=len(self.lane_rows), num_places=self.places, place_shape=self.shape,
+                tokens_of=none if known is None else tuple(known.tokens.tolist()),
+                totals=none if known is None else tuple(known.rows.tolist()), forward_counts=(0,) * nodes,
+                lane_rows=self.lane_rows, recv_tokens=self.recv_tokens, positions=self.positions,
+                forward_tokens=no_rows(0, exchange.device),
+                forward_rows=no_rows(self.buffer.topology.node_ranks, exchange.device),
+                tokens_per_expert=self.tokens_per_expert, told=self.told.words, generation=self.buffer.generation,
+            )  # fmt: skip
+        self.event = exchange.hand_out(payload, scales, ids, weights, self.tokens_per_expert)
+        self.result = Dispatched(x, ids, weights, self.tokens_per_expert, handle)
+        return self.result
+
+
+class KernelCombine(PendingCombine):
+    """A combine from its first send to its last receive."""
+
+    exchange: KernelExchange
+
+    def __init__(self, buffer: Any, request: CombineRequest):
+        self.exchange, self.call = buffer.kernels, Round()
+        self.report: Report | None = None
+        super().__init__(buffer, request)
+
+    def refuse(self, text: str) -> None:
+        """As in KernelDispatch."""
+        self.error, self.text = ArgumentError(text), text
+
+    def _check(self) -> None:
+        super()._check()
+        for name in ("topk_idx", "wait_ns"):
+            if getattr(self.request, name) is not None:
+                raise wrong(name, f"None on {self.exchange.device}", Found("one"))
+
+    def _begin(self, found: _engine.CallFormat) -> None:
+        most = self.buffer.max_tokens
+        if most > found.capacity:  # of any source, as no rank knows the others' T
+            raise wrong(
+                "y", f"rows of which windows hold {most} (max_tokens): more window_bytes", self.y
+            )
+        self.format = found
+        self.row = RowFormat.of_combine(
+            self.y.shape[1] * self.y.element_size(),
+            self.request.handle.topk,
+            columns=self.columns is not None,
+        )
+        key = (COMBINE, self.y.dtype, self.row, self.request.handle.num_experts)
+        self.like = self.exchange.kept_like(key, found)
+
+    def send(self) -> None:
+        exchange, request, handle = self.exchange, self.request, self.request.handle
+        with exchange.on_stream():
+            call = self.call
+            exchange.begin(call, COMBINE, request.timeout_s)
+            if self.error is not None:
+                send_refusal(exchange, call, COMBINE, self.text)
+                return
+            y, weights, columns, row = self.y, self.weights, self.columns, self.row
+            exchange.used_by_stream(y, weights, columns, self.bias)
+            kernels, stride = exchange.kernels, y.stride(0) * y.element_size()
+            if handle.layout == "rank":
+                offsets = (torch.arange(len(handle.recv_tokens), device=exchange.device) * stride)[
+                    :, None
+                ]
+            else:
+                zeros = handle.positions.new_zeros(handle.topk)
+                offsets = kernels.row_offsets(
+                    handle.positions, zeros, zeros.long(), row_bytes=stride
+                )
+                if weights is not None:
+                    weights = kernels.lane_columns(weights.view(-1), handle.positions)
+                if columns is not None:
+                    columns = kernels.lane_columns(columns.view(-1), handle.positions)
+            told = Told(handle.told, exchange.num_ranks)
+            exchange.write_headers(
+                call, self.like, rows=told.rows.data_ptr(), starts=told.starts.data_ptr(), row_bytes=row.row_bytes,
+                groups=exchange.groups_at(call), identity=told.identity, tokens=handle.num_tokens,
+            )  # fmt: skip
+            exchange.send_sums(
+                y.dtype, call, memory=y.data_ptr(), offsets=offsets.data_ptr(), num_terms=offsets.shape[1],
+                weights=0 if weights is None else weights.data_ptr(), payload_bytes=row.payload_bytes,
+                row_bytes=row.row_bytes, columns=0 if columns is None else columns.data_ptr(),
+                num_columns=0 if columns is None else handle.topk, columns_at=row.weights_at,
+            )  # fmt: skip
+
+    def receive_first(self) -> None:
+        exchange, request = self.exchange, self.request
+        with exchange.on_stream():
+            exchange.await_rows(self.call, COMBINE, request.timeout_s)
+            if self.error is not None:
+                return
+            identity = Told(request.handle.told, exchange.num_ranks).identity
+            self.told = exchange.check_headers(
+                self.call, self.like, capacity=self.format.capacity, identity=identity
+            )
+            judge = functools.partial(exchange.raise_told, found=self.format)
+            self.report = exchange.report(self.told, judge)
+
+    def receive(self, round_idx: int) -> None:
+        exchange, handle = self.exchange, self.request.handle
+        with exchange.on_stream():
+            if self.error is not None:
+                exchange.unpack(self.call, None)
+                return
+            with allocated_by(exchange.new):
+                self._new_outputs()
+            exchange.used_by_stream(self.summed)
+            rows, bias = self.row, self.bias
+            offsets = exchange.kernels.row_offsets(
+                handle.lane_rows, exchange.zeros[: exchange.num_ranks], exchange.windows_in(self.call) + HEADER_BYTES,
+                row_bytes=rows.row_bytes,
+            )  # fmt: skip
+            item = self.y.element_size()
+            exchange.add_rows(
+                self.y.dtype, self.call, offsets=offsets.data_ptr(), num_terms=exchange.num_ranks,
+                inner_last=exchange.num_ranks if handle.hops == "node" else 0,  # a node's sum is rounded
+                bias=0 if bias is None else bias.data_ptr(), bias_stride=0 if bias is None else bias.stride(0) * item,
+                payload_bytes=rows.payload_bytes, whole=fused.Group(
+                    out=self.summed.data_ptr(), out_stride=self.summed.stride(0) * item, num_rows=len(self.summed)
+                ),
+                num_columns=0 if self.out_columns is None else handle.topk, columns_at=rows.weights_at,
+                out_columns=0 if self.out_columns is None else self.out_columns.data_ptr(),
+            )  # fmt: skip
+
+    def finish(self) -> Tensor | tuple[Tensor, Tensor]:
+        if self.report is not None:
+            self.exchange.leave(self.report)
+        if self.error is not None:
+            raise self.error
+        self.event = self.exchange.hand_out(self.out, self.out_columns)
+        return self.out if self.out_columns is None else (self.out, self.out_columns)
+
+
+def sent_rows(exchange: KernelExchange, handle: Handle) -> Tensor:
+    """int32 [2, R]: zeros, and how many rows this rank sends to each, as route says it of one round."""
+    counts = (handle.lane_rows >= 0).sum(0, dtype=torch.int32)
+    return torch.stack([torch.zeros_like(counts), counts]).view(-1)
+
+
+def send_refusal(exchange: KernelExchange, call: Any, kind: int, text: str) -> None:
+    """Headers that say what is wrong here, and no rows."""
+    found = _engine.CallFormat(kind, (0,) * 8, 0, 0, 0, 1, False, False)
+    like = exchange.like(found, (text,))[HEADER_BYTES:]
+    zeros = exchange.zeros.data_ptr()
+    exchange.write_headers(call, like, rows=zeros)
+    exchange.send_rows(call, starts=zeros, lane_rows=zeros, head_bytes=HEADER_BYTES)
+
+
+def judge_dispatch(
+    exchange: KernelExchange,
+    found: _engine.CallFormat,
+    num_experts: int,
+    idx: Tensor | None,
+    told: Told,
+) -> None:
+    """Raises what is wrong with this rank's topk_idx, else with the others' headers."""
+    error, token, entry = told.words[4:7].tolist()
+    if error and idx is not None and not told.words[0]:
+        text = route_texts(num_experts)[error - ERROR_RANGE]
+        for number in (int(idx[token, entry]), token, entry):
+            text = text.replace("%", str(number), 1)
+        raise ArgumentError(text)
+    exchange.raise_told(told, found)
