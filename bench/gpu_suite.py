@@ -35,7 +35,8 @@ LIMIT_S = 530  # of everything
 LIMITS_S = {"build": 150, "tests": 120, "exchange": 90, "sanitizer": 60, "figures": 75}
 GPU_TESTS = (
     "tests/kernels/test_cuda_launch.py",
-    "tests/kernels/test_device_exchange.py",
+    "tests/kernels/test_device_ring.py",
+    "tests/kernels/test_kernel_buffer.py",
     "tests/unit/test_doctor.py",
     "tests/ep/test_staging.py",
 )

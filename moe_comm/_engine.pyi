@@ -4,7 +4,7 @@ regions as bytes. Every call raises `MoeCommError` or one of its kinds; calls th
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import final
+from typing import Any, final
 
 ABI_VERSION: int
 HEADER_BYTES: int
@@ -230,6 +230,10 @@ class MappedRing:
     def raise_fault(self) -> None:
         """Raises what ended it, if anything."""
 
+    @property
+    def blamed(self) -> int:
+        """1 + the rank for which the wait was that ended it; 0: none."""
+
     def stats(self) -> dict[str, int]:
         """commands, torn, armed, ended, failed."""
 
@@ -381,6 +385,20 @@ class Exchange:
         self, rank: int, engine_peer: int, region: bytes, window: int, release: int
     ) -> None: ...
     def start(self) -> None: ...
+    def open_view(self) -> dict[str, Any]:
+        """What kernels need to be this rank, addresses as numbers: csrc/exchange.hpp: KernelView."""
+
+    def header_like(self, format: CallFormat, text: str) -> bytes:
+        """A header of this format, but for what each call says; of an error with this text, unless empty."""
+
+    def judge(
+        self, format: CallFormat, header: bytes, epoch: int, source: int, identity: int
+    ) -> None:
+        """Raises what is wrong with a header that a kernel did not take."""
+
+    def blame(self, rank: int) -> None:
+        """What this rank's fault goes back to, unless it is known."""
+
     @property
     def num_lanes(self) -> int: ...
     @property

@@ -557,7 +557,7 @@ def _device_of(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise wrong("device", "cuda or cuda:N", name) from error
-    if device.type == "cuda" and device.index is None:
+    if name == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     return device
 

@@ -58,6 +58,8 @@ class CombineRequest:
 class PendingCombine:
     """A combine from its first send to its last receive."""
 
+    call: Any  # as in dispatch.py
+
     def __init__(self, buffer: "Buffer", request: CombineRequest):
         self.buffer, self.request = buffer, request
         self.error: ArgumentError | None = None

@@ -76,6 +76,8 @@ class DispatchRequest:
 class PendingDispatch:
     """A dispatch from its first send to its last receive."""
 
+    call: Any  # _engine.Call; or, of kernels, a Round
+
     def __init__(self, buffer: "Buffer", request: DispatchRequest):
         self.buffer, self.request = buffer, request
         self.error: ArgumentError | None = None

@@ -153,7 +153,10 @@ def gpu_section() -> Section:
         torch = importlib.import_module("torch")
         section["torch_cuda"] = torch.cuda.is_available()
         if section["torch_cuda"]:
-            section["mode"] = "host-staged by copy: CUDA tensors travel through pinned host memory"
+            section["mode"] = (
+                "host-staged by copy: CUDA tensors travel through pinned host memory; "
+                'Buffer(device="cuda"): kernels read and write the windows'
+            )
         if torch.version.cuda is None:
             section["fix"] = (
                 "this torch is a CPU build: pip install --force-reinstall torch (default index)"

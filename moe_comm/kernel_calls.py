@@ -227,10 +227,9 @@ class KernelDispatch(PendingDispatch):
         self.positions = placed.positions if self.expand else no_rows(self.topk, exchange.device)
         padded = known is None or (self.expand and math.prod(shape) != num_copies)
         self._unpack(shape, padded)
-        if request.layout == "padded":
-            ids = None
-            weights = None if weights is None else weights.view(shape)
-        self.out = (self.out_x, ids, weights)
+        if request.layout == "padded" and weights is not None:
+            weights = weights.view(shape)
+        self.out = (self.out_x, None if request.layout == "padded" else ids, weights)
 
     def _by_place(self, placed: Any, num_places: int) -> tuple[Tensor, Tensor | None]:
         exchange, weights = self.exchange, None
@@ -313,7 +312,7 @@ class KernelCombine(PendingCombine):
                 raise wrong(name, f"None on {self.exchange.device}", Found("one"))
 
     def _begin(self, found: _engine.CallFormat) -> None:
-        most = self.buffer.max_tokens
+        most = self.buffer.max_tokens or 0
         if most > found.capacity:  # of any source, as no rank knows the others' T
             raise wrong(
                 "y", f"rows of which windows hold {most} (max_tokens): more window_bytes", self.y

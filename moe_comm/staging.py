@@ -11,8 +11,9 @@
   block until the event of the last such copy passed. They may be used on the current stream at once.
 - Bytes are moved, never computed with: results are bit-identical to those of CPU tensors.
 
-Costs two copies over PCIe and a wait of the host for each call, and cannot be captured in a CUDA graph; kernels that
-read and write the windows themselves will replace it. Not yet measured on hardware (2026-11-21). *Source*: ours.
+Costs two copies over PCIe and a wait of the host for each call, and cannot be captured in a CUDA graph; a Buffer with
+device="cuda" has kernels read and write the windows themselves instead (kernel_exchange.py). Not yet measured on hardware
+(2026-11-21). *Source*: ours.
 """
 
 import contextlib

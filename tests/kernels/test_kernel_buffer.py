@@ -3,6 +3,7 @@
 The whole suites of tests/ep run over it, too: `pytest tests/ep --through kernels`.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -36,20 +37,44 @@ def transport(request):
     return request.param
 
 
-def _calls(rank, group, library, transport, layout, ranks_per_node):
-    """Dispatches and combines of cases of all seeds, the last a dispatch with the handle of the first."""
-    run_on_host(library)
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, library):
+    """What ranks take: a GPU, which they share; or the host, and the kernels as its code."""
+    return ("cuda", None) if request.param == "cuda" else ("cpu", library._name)
+
+
+def moved(case, device):
+    """On a rank's device."""
+    names = ("xs", "idx", "weights")
+    return dataclasses.replace(case, **{n: [t.to(device) for t in getattr(case, n)] for n in names})
+
+
+def at_home(dispatched):
+    """What was dispatched, on the host."""
+    names = ("x", "topk_idx", "topk_weights", "tokens_per_expert")
+    tensors = {n: getattr(dispatched, n) for n in names}
+    return dataclasses.replace(
+        dispatched, **{n: t if t is None else t.cpu() for n, t in tensors.items()}
+    )
+
+
+def _calls(rank, group, device, transport, layout, ranks_per_node):
+    """Dispatches, each with its combine and once more with its handle."""
+    device, library = device
+    if library:
+        run_on_host(library)
     num_ranks = group.num_ranks
     cases = [make_case(num_ranks, layout=layout, seed=s, tokens=9) for s in range(CALLS)]
     interface = "lo" if transport.startswith("fabric:tcp") else None
     with moe_comm.Buffer(
-        group, hops="rank", device="cpu", max_tokens=10, transport=transport, interface=interface,
+        group, hops="rank", device=device, max_tokens=10, transport=transport, interface=interface,
         ranks_per_node=ranks_per_node, timeout_s=20, **SIZES,
     ) as buffer:  # fmt: skip
         for case in cases:
             want = expected(case)
-            got = dispatch(buffer, case, rank)
-            check_dispatched(got, want, rank)
+            here = moved(case, device)
+            got = dispatch(buffer, here, rank)
+            check_dispatched(at_home(got), want, rank)
             ys = [(x.float() * 1.5 + rank).to(x.dtype) for rank, x in enumerate(want.x)]
             weights = None if layout == "rank" else want.topk_weights
             columns = want.topk_weights
@@ -57,11 +82,12 @@ def _calls(rank, group, library, transport, layout, ranks_per_node):
                 ys, want.bookkeeping, weights=weights, topk_weights=columns,
                 node_of=node_list(num_ranks, ranks_per_node), hops="rank",
             )  # fmt: skip
+            mine = None if weights is None else weights[rank].to(device)
             y, summed = buffer.combine(
-                ys[rank], got.handle, weights=None if weights is None else weights[rank], topk_weights=columns[rank]
-            )  # fmt: skip
-            assert same(y, back.x[rank]) and same(summed, back.topk_weights[rank])
-            again = buffer.dispatch(case.xs[rank] * 2, handle=got.handle, layout=layout)
+                ys[rank].to(device), got.handle, weights=mine, topk_weights=columns[rank].to(device)
+            )
+            assert same(y.cpu(), back.x[rank]) and same(summed.cpu(), back.topk_weights[rank])
+            again = buffer.dispatch(here.xs[rank] * 2, handle=got.handle, layout=layout)
             assert same(again.x, got.x * 2)
     return buffer.engine.transport, buffer.kernels.num_links, buffer.kernels.ring.stats()
 
@@ -75,24 +101,76 @@ def check(results):
 
 @pytest.mark.parametrize("first", FIRSTS.values(), ids=FIRSTS)
 @pytest.mark.parametrize("layout", ["rank", "expert", "padded"])
-def test_round_trips(run_ranks, library, transport, layout, first, monkeypatch):
+def test_round_trips(run_ranks, device, transport, layout, first, monkeypatch):
     monkeypatch.setenv("MOE_COMM_FIRST_EPOCH", str(first))
-    check(run_ranks(_calls, 3, library._name, transport, layout, 1))
+    check(run_ranks(_calls, 3, device, transport, layout, 1))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_shaken(run_ranks, library, transport, seed, monkeypatch):
+def test_shaken(run_ranks, device, transport, seed, monkeypatch):
     """Writes late, cut and out of order (chaos)."""
     monkeypatch.setenv("MOE_COMM_CHAOS_SEED", str(seed))
     monkeypatch.setenv("MOE_COMM_SHARD_BYTES", "256")
-    check(run_ranks(_calls, 4, library._name, transport, "expert", 2))
+    check(run_ranks(_calls, 4, device, transport, "expert", 2))
 
 
 def test_by_efas_rules(run_ranks, library, efa_rules, monkeypatch):
     monkeypatch.setenv("MOE_COMM_LIBFABRIC", efa_rules)
-    results = run_ranks(_calls, 3, library._name, "fabric:efa", "expert", 1)
+    results = run_ranks(_calls, 3, ("cpu", library._name), "fabric:efa", "expert", 1)
     check(results)
     assert all("efa" in name for name, _, _ in results)
+
+
+# --- captured ------------------------------------------------------------------------------------
+
+
+def _captured(rank, group):
+    """Two micro-batches' dispatch and combine in one graph, replayed with other tokens and routing."""
+    cases = [make_case(2, layout="padded", tokens=[8, 8], seed=s, none=0.3) for s in range(6)]
+    with moe_comm.Buffer(group, device="cuda", max_tokens=8, timeout_s=20, **SIZES) as buffer:
+        first = [moved(case, "cuda") for case in cases[:2]]
+        static = [(c.xs[rank].clone(), c.idx[rank].clone(), c.weights[rank].clone()) for c in first]
+
+        def calls():
+            got = [
+                buffer.dispatch(x, idx, weights, num_experts=7, layout="padded", async_op="hook")
+                for x, idx, weights in static
+            ]
+            for hook in got:
+                hook()
+            return [
+                (h.result.x, h.result.topk_weights,
+                 buffer.combine(h.result.x, h.result.handle, weights=h.result.topk_weights))
+                for h in got
+            ]  # fmt: skip
+
+        calls()  # compiles, and makes what is kept
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = calls()
+        for round_idx in range(6):
+            now = [cases[(round_idx + i) % 6] for i in (0, 3)]
+            for (x, idx, weights), case in zip(static, now):
+                x.copy_(case.xs[rank])
+                idx.copy_(case.idx[rank])
+                weights.copy_(case.weights[rank])
+            graph.replay()
+            torch.cuda.synchronize()
+            for (x, weights, y), case in zip(outs, now):
+                want = expected(case)
+                back = reference.combine(
+                    want.x, want.bookkeeping, weights=want.topk_weights, node_of=[0, 0], hops="node"
+                )
+                assert same(x.cpu(), want.x[rank]) and same(weights.cpu(), want.topk_weights[rank])
+                assert same(y.cpu(), back.x[rank])
+        got = dispatch(buffer, first[0], rank)  # not captured, after all the replays
+        check_dispatched(at_home(got), expected(cases[0]), rank)
+
+
+@pytest.mark.gpu
+def test_captured(run_ranks):
+    run_ranks(_captured, 2)
 
 
 # --- what it cannot do ---------------------------------------------------------------------------
