@@ -32,7 +32,7 @@ uint32_t open_channel(Engine& engine, uint32_t peer, uint64_t region, const py::
 
 uint32_t open_wait(Engine& engine, const std::string& what, const std::string& who,
                    const std::vector<Source>& sources, const std::vector<uint32_t>& channels) {
-  Wait wait{what, "all", who, {}, channels};
+  Wait wait{what, who, {}, channels};
   for (const auto& [words, peer, name, beat] : sources) {
     const uint32_t number = peer < 0 ? ~0u : static_cast<uint32_t>(peer);
     wait.sources.push_back({{at(words), at(words) + 1}, number, name, at(beat)});

@@ -10,8 +10,8 @@ Result<KernelView> Exchange::open_view() {
   }
   KernelView view;
   const uint32_t me = shape_.rank;
-  Wait credits{"", "release of its bank", "rank " + std::to_string(me), {}, {}};
-  Wait rows{"", "header", credits.who, {}, {}};
+  Wait credits{"", "rank " + std::to_string(me), {}, {}, "release of its bank"};
+  Wait rows{"", credits.who, {}, {}, "header"};
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     const bool local = is_local(r), linked = links_[r].present && !shape_.absent[r];
     if (local) {

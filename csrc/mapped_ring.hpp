@@ -40,16 +40,16 @@ struct WaitSource {
   Counter* words[kNumBanks] = {nullptr, nullptr};
   uint32_t peer = ~0u;            // of the engine: lost, it will not come; ~0: none
   std::string who;                // "rank 7 (node 1)"
-  Counter* beat{};                // [heartbeat word] of its rank, as it is here; null: none
+  Counter* beat{};                // [heartbeat word] of its rank, its blame behind; null: none
   const ProcessWatch* process{};  // of a rank of this host; null: not known
   uint32_t rank = ~0u;            // to be blamed; ~0: nobody
 };
 struct Wait {
-  std::string what;           // "dispatch"
-  std::string lacks = "all";  // "header": what is not seen of a source
-  std::string who;            // waits: "rank 3"
+  std::string what;  // "dispatch"
+  std::string who;   // waits: "rank 3"
   std::vector<WaitSource> sources;
   std::vector<uint32_t> channels;  // whose writes of the epoch's bank must have ended, too
+  std::string lacks{};             // "header": what is not seen of a source
 };
 
 struct RingStats {

@@ -225,7 +225,7 @@ std::string Proxy::why_lost(const WaitSource& source, MappedRing::Armed& armed,
       if (linked && !cut && silent_s < kLastWords) return {};
       if (!(state & kFailed)) return "it closed its Buffer";
       const uint64_t blamed = word_at(source.beat[1]).load(std::memory_order_relaxed);
-      armed.blamed = blamed;
+      if (blamed) armed.blamed = blamed;
       return blamed ? "it gave up on rank " + std::to_string(blamed - 1)
                     : "it gave up after a fault of its own";
     }
@@ -248,7 +248,7 @@ std::string Proxy::describe(const Wait& wait, const MappedRing::Armed& armed, Cl
     complete += reached(word, armed.arm.epoch);
   }
   const std::string lacks =
-      of_source && wait.lacks != "all" ? wait.lacks + " not seen" : "not complete";
+      of_source && !wait.lacks.empty() ? wait.lacks + " not seen" : "not complete";
   char text[80];
   std::snprintf(text, sizeof text, " waited %.1f s for ",
                 std::chrono::duration<double>(now - armed.start).count());

@@ -12,8 +12,8 @@
 - Bytes are moved, never computed with: results are bit-identical to those of CPU tensors.
 
 Costs two copies over PCIe and a wait of the host for each call, and cannot be captured in a CUDA graph; a Buffer with
-device="cuda" has kernels read and write the windows themselves instead (kernel_exchange.py). Not yet measured on hardware
-(2026-11-21). *Source*: ours.
+device="cuda" has kernels read and write the windows themselves instead (kernel_exchange.py). Not yet measured on
+hardware (2026-11-21). *Source*: ours.
 """
 
 import contextlib

@@ -9,7 +9,7 @@ NOTE [handle] A tuple of ten tensors and nothing else, because clients put it th
             known here; the others are −1.
     1 … 5   moe_comm's own (`Handle.to_tensors`): numbers, lane_rows, recv_tokens, positions, forward_tokens
     6 = −4  recv_gbl_rank_prefix_sum int32 [R]: that column
-    7 … 9   forward_rows, tokens_per_expert, and int64 [1]: the rows of recv_x, padding included
+    7 … 9   forward_rows, tokens_per_expert, and int64: the rows of recv_x, padding included, then `Handle.told`
 """
 
 from typing import Any
@@ -240,7 +240,7 @@ def unpack_bias(bias: Any) -> tuple[Any, Any]:
 
 def pack_handle(handle: Handle, rows: int) -> tuple[Tensor, ...]:
     """NOTE [handle]."""
-    numbers, lane_rows, recv_tokens, positions, forward_tokens, forward_rows, counts = (
+    numbers, lane_rows, recv_tokens, positions, forward_tokens, forward_rows, counts, told = (
         handle.to_tensors()
     )
     prefix = torch.tensor(handle.totals, dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -248,7 +248,7 @@ def pack_handle(handle: Handle, rows: int) -> tuple[Tensor, ...]:
     matrix[:, handle.rank] = prefix
     return (
         matrix, numbers, lane_rows, recv_tokens, positions, forward_tokens, prefix, forward_rows, counts,
-        torch.tensor([rows]),
+        torch.cat([told.new_tensor([rows]), told]),
     )  # fmt: skip
 
 
@@ -261,4 +261,5 @@ def unpack_handle(handle: Any) -> tuple[Handle, int]:
     ):
         found = Found(f"{len(handle)} things") if isinstance(handle, (tuple, list)) else handle
         raise wrong("handle", "that of Buffer.dispatch", Found(describe(found)))
-    return Handle.from_tensors([*handle[1:6], handle[7], handle[8]]), int(handle[9])
+    rows = handle[9]
+    return Handle.from_tensors([*handle[1:6], handle[7], handle[8], rows[1:]]), int(rows[0])

@@ -316,23 +316,25 @@ void a_lost_source_ends_the_wait_at_once() {
 void a_source_whose_heart_stopped_is_lost() {
   Rank a(0);
   const struct {
-    uint64_t beat;
+    uint64_t beat, blame;
     bool linked;
     double least_s;
     const char* text;
-  } table[] = {{160 + kClosed, false, 0.0, ": it closed its Buffer"},
-               {160 + kFailed, false, 0.0, ": it gave up after a fault of its own"},
-               {160 + kClosed, true, 1.0, ": it closed its Buffer"},
-               {160, false, 1.5, ": its heartbeat stopped"}};
+  } table[] = {{160 + kClosed, 0, false, 0.0, ": it closed its Buffer"},
+               {160 + kFailed, 0, false, 0.0, ": it gave up after a fault of its own"},
+               {160 + kFailed, 8, false, 0.0, ": it gave up on rank 7"},
+               {160 + kClosed, 0, true, 1.0, ": it closed its Buffer"},
+               {160, 0, false, 1.5, ": its heartbeat stopped"}};
   for (const auto& one : table) {
     Rank b(0);
-    Counter words[kNumBanks] = {2, 3}, others[kNumBanks] = {2, 3}, beat = one.beat, alive = 16;
+    Counter words[kNumBanks] = {2, 3}, others[kNumBanks] = {2, 3}, alive = 16;
+    Counter beat[] = {one.beat, one.blame};
     const uint32_t peer = one.linked ? a.connect(b) : ~0u;
     const uint32_t wait =
         value_of(a.proxy.open_wait({"combine",
                                     "rank 0",
                                     {{{&others[0], &others[1]}, ~0u, "rank 2", &alive},
-                                     {{&words[0], &words[1]}, peer, "rank 1", &beat}},
+                                     {{&words[0], &words[1]}, peer, "rank 1", beat, nullptr, 1}},
                                     {}}));
     Gpu gpu(a.proxy, {.num_slots = 8, .num_words = 2, .silent_s = 1.5});
     CHECK(gpu.arm(wait, 3) == kWaitOk && gpu.wait() == kWaitOk, "both came before");
@@ -348,6 +350,7 @@ void a_source_whose_heart_stopped_is_lost() {
           std::to_string(seconds) + " s: " + text);
     CHECK(gpu.ring->fault().code() == Code::kPeerLost && text.find(one.text) != text.npos, text);
     CHECK(text.find(" for rank 1: not complete; 1 of 1 other") != text.npos, text);
+    CHECK(gpu.ring->blamed() == (one.blame ? one.blame : 2), "1 + whom the fault goes back to");
     a.proxy.close_channel(wait);
   }
 }
@@ -491,7 +494,7 @@ class Member {
       windows[r] = reinterpret_cast<uint8_t*>(node.at(region(r, e)));
       if (r == rank_) continue;
       lanes.push_back(r);
-      links.push_back({channels_[r], region(r, e), window(rank_, e), 0});
+      links.push_back({channels_[r], releases_[r], region(r, e), window(rank_, e)});
     }
     uint64_t arrived[2] = {0, 0}, status = 0;
     dispatch::Arguments a{};
@@ -499,7 +502,7 @@ class Member {
     a.lane_rows = lane_rows.data(), a.starts = starts.data(), a.num_lanes = R_;
     a.last_token = kTokens, a.row_bytes = kRowBytes;
     a.windows = windows.data(), a.lanes = lanes.data(), a.num_links = links.size();
-    a.links = links.data(), a.epoch = e, a.arrived = arrived, a.status = &status;
+    a.links = links.data(), a.epoch = &e, a.arrived = arrived, a.status = &status;
     a.ring = gpu->view(), a.waited = &gpu->word(0).status;
     host_block::launch(2, 2, [&](HostBlock& block) { dispatch::send(block, a); });
     CHECK(status == kWaitOk);
@@ -512,12 +515,17 @@ class Member {
       if (goes(from, rank_, e, t)) positions[num_rows++] = static_cast<int32_t>(t);
     }
     std::vector<uint8_t> out(kTokens * kPayload);
-    uint64_t arrived = 0;
+    uint64_t arrived = 0, status = 0;
+    uint32_t start = 0;
+    const uint8_t* rows = reinterpret_cast<uint8_t*>(node.at(window(from, e)));
+    const dispatch::Link link{channels_[from], releases_[from], 0, 0};
     receive::Unpack a{};
-    a.rows = reinterpret_cast<uint8_t*>(node.at(window(from, e)));
-    a.num_rows = &num_rows, a.row_bytes = kRowBytes, a.payload_bytes = kPayload;
+    a.windows = &rows, a.num_sources = 1, a.num_rows = &num_rows, a.starts = &start;
+    a.row_bytes = kRowBytes, a.payload_bytes = kPayload;
     a.positions = positions.data(), a.num_positions = 1, a.out_x = out.data();
-    a.epoch = e, a.arrived = &arrived, a.waited = &gpu->word(1).status;
+    receive::Release& release = a.release;  // H7
+    release.links = &link, release.num_links = 1, release.epoch = &e, release.arrived = &arrived;
+    release.status = &status, release.ring = gpu->view(), release.waited = &gpu->word(1).status;
     host_block::launch(2, 2, [&](HostBlock& block) { receive::unpack(block, a); });
     for (uint64_t i = 0; i < out.size(); ++i) {
       const bool there = goes(from, rank_, e, i / kPayload);
@@ -525,7 +533,7 @@ class Member {
             "rank " + std::to_string(rank_) + " of rank " + std::to_string(from) + ", epoch " +
                 std::to_string(e));
     }
-    CHECK(gpu->push(message(releases_[from], e, 0, 0, 0)) == kWaitOk);  // H7
+    CHECK(status == kWaitOk);
   }
 
   uint32_t rank_, R_;
