@@ -69,13 +69,16 @@ test-clients: ## the frameworks that use this package, and DeepEP's interface
 	    echo "not installed here, what needs it will be skipped: mpi4py mpich" >&2
 	@PYTHONPATH=$(CURDIR)/build/frameworks $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
 
-test-kernels: ## device code, without a device: Triton interpreted, CUDA as host code, both compiled (at most 8 minutes)
+test-kernels: ## device code, without a device: Triton interpreted, CUDA as host code, both compiled (at most 6 minutes)
 	@.dev/setup.sh test
 	@$(call install,kernels-site)
 	@PYTHONPATH=$(CURDIR)/build/kernels-site \
 	    LD_LIBRARY_PATH=$(CURDIR)/build/kernels-site/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
 	    $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
-	@$(PYTEST) -q -ra --maxfail=5 --durations=5 --through kernels $(THROUGH_KERNELS)
+
+test-device: ## the exchange's own tests, its calls made by kernels as host code (at most 5 minutes)
+	@.dev/setup.sh test
+	@$(PYTEST) -q -ra --maxfail=5 --durations=5 --through kernels $(THROUGH_KERNELS) $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped
