@@ -35,7 +35,8 @@ install = $(foreach folder,$(1), \
 
 FAULTS := tests/faults tests/ep/test_faults.py tests/ep/test_generations.py tests/ep/test_generation_soak.py \
     tests/cpp/test_sanitized.py
-THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange hooks handles wrong_input autograd generations faults))
+THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes hooks handles wrong_input autograd generations \
+    faults))
 
 SHELL := /bin/bash
 BIN := .venv/bin

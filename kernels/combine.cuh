@@ -46,15 +46,18 @@ struct Arguments {
   uint64_t num_columns, columns_at;
   float* out_columns;  // [n, num_columns] sums of those at `columns_at` of the terms; or null
   Group whole;         // if `groups` is null: the only one, of no link
+  uint64_t fused;      // not 0: products are added with one rounding
 };
 
 #ifdef __CUDACC__
-// Products and sums are rounded one by one: never fused.
+// Products and sums are rounded one by one, unless they are asked to be fused.
 struct Cta : dispatch::Cta {
   __device__ float multiply(float a, float b) const { return __fmul_rn(a, b); }
   __device__ double multiply(double a, double b) const { return __dmul_rn(a, b); }
   __device__ float add(float a, float b) const { return __fadd_rn(a, b); }
   __device__ double add(double a, double b) const { return __dadd_rn(a, b); }
+  __device__ float fused(float a, float b, float c) const { return __fmaf_rn(a, b, c); }
+  __device__ double fused(double a, double b, double c) const { return __fma_rn(a, b, c); }
   __device__ float half_to_float(uint16_t bits) const {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -123,10 +126,16 @@ struct Sum {
   bool plain = true;
 
   template <class Block>
-  MOE_COMM_DEVICE void add(const Block& block, const Items& term, bool weighted, float weight) {
+  MOE_COMM_DEVICE void add(const Block& block, const Items& term, bool weighted, float weight,
+                           bool fused = false) {
     for (int i = 0; i < kItems; ++i) {
       typename Type::Exact value = Type::exact(block, term.item[i]);
-      if (weighted) value = block.multiply(value, static_cast<typename Type::Exact>(weight));
+      const auto factor = static_cast<typename Type::Exact>(weight);
+      if (weighted && fused && count > 0) {
+        total[i] = block.fused(value, factor, total[i]);
+        continue;
+      }
+      if (weighted) value = block.multiply(value, factor);
       total[i] = count > 0 ? block.add(total[i], value) : value;
     }
     only = term;
@@ -151,7 +160,8 @@ MOE_COMM_DEVICE inline void sum_row(const Block& block, const Arguments& a, uint
     if (offsets[j] < 0) return;
     const bool weighted = a.weights != nullptr;
     const float weight = weighted ? a.weights[row * a.num_terms + j] : 0.0f;
-    sum.add(block, *reinterpret_cast<const Items*>(a.memory + offsets[j] + at), weighted, weight);
+    sum.add(block, *reinterpret_cast<const Items*>(a.memory + offsets[j] + at), weighted, weight,
+            a.fused != 0);
   };
   for (uint64_t at = block.thread() * 16; at < a.payload_bytes; at += block.num_threads() * 16) {
     Sum<Type> sum;
@@ -223,7 +233,7 @@ MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Arguments) == 32 * 8 + sizeof(DeviceRing) && sizeof(Group) == 32);
+static_assert(sizeof(Arguments) == 33 * 8 + sizeof(DeviceRing) && sizeof(Group) == 32);
 #endif
 
 }  // namespace moe_comm::combine

@@ -103,6 +103,7 @@ class Combine(Struct):  # combine.cuh: Arguments
             "waited releases num_releases release_links num_release_links columns num_columns columns_at out_columns"
         ),
         ("whole", Group),
+        ("fused", WORD),
     ]
 
 

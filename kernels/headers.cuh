@@ -34,8 +34,8 @@ struct Begin {
 struct Write {
   const uint64_t* epoch;
   const Header* like;       // [3] all but what follows; by what the route found wrong
-  const int32_t* error;     // [3] of the route: ERROR_…, token, entry; or null
-  const int64_t* topk_idx;  // [T, K] that it routed
+  const int32_t* error;     // [3] what is wrong with topk_idx: ERROR_…, token, entry; or null
+  const int64_t* topk_idx;  // [T, K]
   uint64_t topk;
   Header* staged;           // [num_ranks] device memory
   uint8_t* const* windows;  // [num_ranks]
@@ -136,18 +136,18 @@ MOE_COMM_DEVICE inline uint32_t write_number(char* text, uint32_t at, int64_t nu
   return at + length;
 }
 
-// The text of what the route found, with the expert, the token and the entry for each %.
+// The text of what is wrong with topk_idx, with the expert, the token and the entry for %e, %t, %k.
 MOE_COMM_DEVICE inline void say_error(const Write& a, const char* like, char* text) {
   const int64_t token = a.error[1], entry = a.error[2];
   const uint64_t index = static_cast<uint64_t>(token) * a.topk + static_cast<uint64_t>(entry);
-  uint32_t at = 0, numbers = 0;
+  uint32_t at = 0;
   for (; *like != 0 && at + 1 < kHeaderTextBytes; ++like) {
-    if (*like != '%') {
+    if (*like != '%' || like[1] == 0) {
       text[at++] = *like;
       continue;
     }
-    at = write_number(text, at, numbers == 0 ? a.topk_idx[index] : numbers == 1 ? token : entry);
-    ++numbers;
+    ++like;
+    at = write_number(text, at, *like == 'e' ? a.topk_idx[index] : *like == 't' ? token : entry);
   }
   text[at] = 0;
 }
@@ -183,7 +183,7 @@ MOE_COMM_DEVICE inline void write(Block& block, const Write& a) {
       there[i] = i < a.num_counts ? counts[i] : 0;
     }
     block.any(false);
-    if (a.topk_idx != nullptr) {  // `like` has 0
+    if (a.counts != nullptr) {  // a fresh dispatch; `like` has 0
       const uint64_t key = mix_digest(mix_digest(a.tokens, a.topk), header.agreed.num_experts);
       block.add(&header.routing, routing_digest(block, a, key));
     }

@@ -29,12 +29,14 @@ from .kernels.route import ERROR_RANGE
 from .layout import RowFormat, counts_bytes
 from .memory import allocated_by
 
+LANES_TEXT = "topk_idx: expected that of the handle's dispatch, got other ids for token %t"
+
 
 def route_texts(num_experts: int) -> tuple[str, str]:
-    """By what route finds wrong; the expert, the token and the entry come for each % (headers.cuh)."""
+    """By what route finds wrong; the expert, the token and the entry come for %e, %t and %k (headers.cuh)."""
     return (
-        f"topk_idx: expected expert ids in [0, {num_experts}) or -1, got % at [%, %]",
-        "topk_idx: expected different experts for one token, got expert % twice at token %",
+        f"topk_idx: expected expert ids in [0, {num_experts}) or -1, got %e at [%t, %k]",
+        "topk_idx: expected different experts for one token, got expert %e twice at token %t",
     )
 
 
@@ -307,9 +309,8 @@ class KernelCombine(PendingCombine):
 
     def _check(self) -> None:
         super()._check()
-        for name in ("topk_idx", "wait_ns"):
-            if getattr(self.request, name) is not None:
-                raise wrong(name, f"None on {self.exchange.device}", Found("one"))
+        if self.request.wait_ns is not None:
+            raise wrong("wait_ns", f"None on {self.exchange.device}", Found("one"))
 
     def _begin(self, found: _engine.CallFormat) -> None:
         most = self.buffer.max_tokens or 0
@@ -323,8 +324,13 @@ class KernelCombine(PendingCombine):
             self.request.handle.topk,
             columns=self.columns is not None,
         )
-        key = (COMBINE, self.y.dtype, self.row, self.request.handle.num_experts)
-        self.like = self.exchange.kept_like(key, found)
+        handle, each = self.request.handle, self.request.each_copy
+        self.rows_per_token = 1
+        if each:
+            slots = -(-handle.num_experts // self.exchange.num_ranks)
+            self.rows_per_token = min(handle.topk, slots)
+        key = (COMBINE, self.y.dtype, self.row, handle.num_experts, each)
+        self.like = self.exchange.kept_like(key, found, (LANES_TEXT,))
 
     def send(self) -> None:
         exchange, request, handle = self.exchange, self.request, self.request.handle
@@ -335,8 +341,10 @@ class KernelCombine(PendingCombine):
                 send_refusal(exchange, call, COMBINE, self.text)
                 return
             y, weights, columns, row = self.y, self.weights, self.columns, self.row
-            exchange.used_by_stream(y, weights, columns, self.bias)
+            exchange.used_by_stream(y, weights, columns, self.bias, *self.lanes)
             kernels, stride = exchange.kernels, y.stride(0) * y.element_size()
+            told = Told(handle.told, exchange.num_ranks)
+            rows, starts = told.rows, told.starts
             if handle.layout == "rank":
                 offsets = (torch.arange(len(handle.recv_tokens), device=exchange.device) * stride)[
                     :, None
@@ -350,10 +358,14 @@ class KernelCombine(PendingCombine):
                     weights = kernels.lane_columns(weights.view(-1), handle.positions)
                 if columns is not None:
                     columns = kernels.lane_columns(columns.view(-1), handle.positions)
-            told = Told(handle.told, exchange.num_ranks)
+            self.lane_error = self._find_lanes()
+            if request.each_copy:
+                offsets, rows, starts = each_copy(offsets, rows, starts)
             exchange.write_headers(
-                call, self.like, rows=told.rows.data_ptr(), starts=told.starts.data_ptr(), row_bytes=row.row_bytes,
+                call, self.like, rows=rows.data_ptr(), starts=starts.data_ptr(), row_bytes=row.row_bytes,
                 groups=exchange.groups_at(call), identity=told.identity, tokens=handle.num_tokens,
+                error=self.lane_error, topk=handle.topk,
+                topk_idx=0 if self.lanes[0] is None else self.lanes[0].data_ptr(),
             )  # fmt: skip
             exchange.send_sums(
                 y.dtype, call, memory=y.data_ptr(), offsets=offsets.data_ptr(), num_terms=offsets.shape[1],
@@ -370,9 +382,10 @@ class KernelCombine(PendingCombine):
                 return
             identity = Told(request.handle.told, exchange.num_ranks).identity
             self.told = exchange.check_headers(
-                self.call, self.like, capacity=self.format.capacity, identity=identity
-            )
-            judge = functools.partial(exchange.raise_told, found=self.format)
+                self.call, self.like, capacity=self.format.capacity * self.rows_per_token, identity=identity,
+                error=self.lane_error,
+            )  # fmt: skip
+            judge = functools.partial(judge_combine, exchange, self.format)
             self.report = exchange.report(self.told, judge)
 
     def receive(self, round_idx: int) -> None:
@@ -384,15 +397,26 @@ class KernelCombine(PendingCombine):
             with allocated_by(exchange.new):
                 self._new_outputs()
             exchange.used_by_stream(self.summed)
-            rows, bias = self.row, self.bias
-            offsets = exchange.kernels.row_offsets(
-                handle.lane_rows, exchange.zeros[: exchange.num_ranks], exchange.windows_in(self.call) + HEADER_BYTES,
-                row_bytes=rows.row_bytes,
-            )  # fmt: skip
+            rows, bias, lanes = self.row, self.bias, self.lanes[0]
+            windows = exchange.windows_in(self.call) + HEADER_BYTES
+            inner = exchange.num_ranks if handle.hops == "node" else 0  # a node's sum is rounded
+            weights = None
+            if lanes is None:
+                starts = exchange.zeros[: exchange.num_ranks]
+                offsets = exchange.kernels.row_offsets(
+                    handle.lane_rows, starts, windows, row_bytes=rows.row_bytes
+                )
+            else:
+                inner, weights = 0, self.lanes[1]
+                numbers = self.number
+                if self.request.each_copy:
+                    numbers = torch.where(numbers < self.told.rows[self.owner], numbers, -1)
+                offsets = windows[self.owner] + numbers * rows.row_bytes
+                offsets = torch.where(numbers >= 0, offsets, -1)
             item = self.y.element_size()
             exchange.add_rows(
-                self.y.dtype, self.call, offsets=offsets.data_ptr(), num_terms=exchange.num_ranks,
-                inner_last=exchange.num_ranks if handle.hops == "node" else 0,  # a node's sum is rounded
+                self.y.dtype, self.call, offsets=offsets.data_ptr(), num_terms=offsets.shape[1], inner_last=inner,
+                weights=0 if weights is None else weights.data_ptr(), fused=1,
                 bias=0 if bias is None else bias.data_ptr(), bias_stride=0 if bias is None else bias.stride(0) * item,
                 payload_bytes=rows.payload_bytes, whole=fused.Group(
                     out=self.summed.data_ptr(), out_stride=self.summed.stride(0) * item, num_rows=len(self.summed)
@@ -400,6 +424,41 @@ class KernelCombine(PendingCombine):
                 num_columns=0 if self.out_columns is None else handle.topk, columns_at=rows.weights_at,
                 out_columns=0 if self.out_columns is None else self.out_columns.data_ptr(),
             )  # fmt: skip
+
+    def _find_lanes(self) -> int:
+        """Which row of whom each lane's term is: `owner` and `number` [T, K] int64, -1: none. Returns where it says
+        whether topk_idx is the dispatch's, as route does."""
+        idx, handle = self.lanes[0], self.request.handle
+        if idx is None:
+            return 0
+        experts_per_rank = -(-handle.num_experts // self.exchange.num_ranks)
+        valid = (idx >= 0) & (idx < handle.num_experts)
+        self.owner = torch.where(valid, idx // experts_per_rank, 0)
+        rows = handle.lane_rows.long()
+        mine = torch.where(valid, rows.gather(1, self.owner), -1)  # of an absent rank: -1
+        hits = torch.zeros(
+            (*idx.shape, self.exchange.num_ranks), dtype=torch.int64, device=idx.device
+        )
+        hits.scatter_(2, self.owner[..., None], (mine >= 0).long()[..., None])
+        missed = ((rows >= 0) & (hits.sum(1) == 0)).any(1) | (valid != (idx != -1)).any(1)
+        if self.request.each_copy:  # its copies lie by (token, lane)
+            before = hits.view(-1, self.exchange.num_ranks).cumsum(0).view(hits.shape) - hits
+            mine = torch.where(mine >= 0, before.gather(2, self.owner[..., None])[..., 0], -1)
+        else:  # a rank's sum counts where its last lane is
+            later = hits.flip(1).cumsum(1).flip(1) - hits
+            last = later.gather(2, self.owner[..., None])[..., 0] == 0
+            mine = torch.where(last, mine, -1)
+        self.number = mine
+        wrong_token = (
+            torch.where(missed.any(), missed.int().argmax(), -1)
+            if len(idx)
+            else idx.new_full((), -1)
+        )
+        # ERROR_…: the first of this call's texts
+        self.lane_wrong = torch.stack(
+            [(wrong_token >= 0).long(), wrong_token, wrong_token * 0]
+        ).int()
+        return self.lane_wrong.data_ptr()
 
     def finish(self) -> Tensor | tuple[Tensor, Tensor]:
         if self.report is not None:
@@ -416,6 +475,19 @@ def sent_rows(exchange: KernelExchange, handle: Handle) -> Tensor:
     return torch.stack([torch.zeros_like(counts), counts]).view(-1)
 
 
+def each_copy(offsets: Tensor, rows: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets [n, K] of received rows' copies one by one, in order, [n * K, 1]; and each source's number of them, and
+    its first."""
+    topk = offsets.shape[1]
+    flat = offsets.reshape(-1)
+    before = torch.cat([flat.new_zeros(1), (flat >= 0).cumsum(0)])
+    place = torch.where(flat >= 0, before[:-1], len(flat))
+    dense = flat.new_full((len(flat) + 1,), -1).scatter_(0, place, flat)
+    first = before[starts.long() * topk]
+    behind = before[(starts + rows).long() * topk]
+    return dense[:-1, None], (behind - first).int(), first.int()
+
+
 def send_refusal(exchange: KernelExchange, call: Any, kind: int, text: str) -> None:
     """Headers that say what is wrong here, and no rows."""
     found = _engine.CallFormat(kind, (0,) * 8, 0, 0, 0, 1, False, False)
@@ -423,6 +495,14 @@ def send_refusal(exchange: KernelExchange, call: Any, kind: int, text: str) -> N
     zeros = exchange.zeros.data_ptr()
     exchange.write_headers(call, like, rows=zeros)
     exchange.send_rows(call, starts=zeros, lane_rows=zeros, head_bytes=HEADER_BYTES)
+
+
+def judge_combine(exchange: KernelExchange, found: _engine.CallFormat, told: Told) -> None:
+    """Raises what is wrong with this rank's lanes, else with the others' headers."""
+    error, token = told.words[4:6].tolist()
+    if error and not told.words[0]:
+        raise ArgumentError(LANES_TEXT.replace("%t", str(token)))
+    exchange.raise_told(told, found)
 
 
 def judge_dispatch(
@@ -436,7 +516,7 @@ def judge_dispatch(
     error, token, entry = told.words[4:7].tolist()
     if error and idx is not None and not told.words[0]:
         text = route_texts(num_experts)[error - ERROR_RANGE]
-        for number in (int(idx[token, entry]), token, entry):
-            text = text.replace("%", str(number), 1)
+        for letter, number in (("e", int(idx[token, entry])), ("t", token), ("k", entry)):
+            text = text.replace(f"%{letter}", str(number))
         raise ArgumentError(text)
     exchange.raise_told(told, found)

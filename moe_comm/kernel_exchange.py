@@ -131,6 +131,7 @@ class KernelExchange:
         self.ring = DeviceRing(
             engine, self.device, num_words=2, timeout_s=buffer.config.timeout_s, silent_s=buffer.config.silence_s
         )  # fmt: skip
+        self._ring_struct = self.ring.struct
         view = native.open_view()
         self._pinned = [
             (first, size, Pinned(first, size, self.device)) for first, size in view["segments"]
@@ -159,7 +160,10 @@ class KernelExchange:
         self.scratch = self._constant([0] * 4)  # arrived [2], status of pushes
         self._likes: dict[Any, Tensor] = {}
         self._reports: list[Report] = []
-        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.stream = None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)
+            torch.cuda.synchronize(self.device)  # what was made here was made on another stream
 
     # --- memory ----------------------------------------------------------------------------------
 
@@ -243,7 +247,7 @@ class KernelExchange:
         self.next_epoch += 1
         begin = fused.Begin(
             next=self._next.data_ptr(), tables=self._tables.data_ptr(), num_words=self._num_words,
-            call=call.block.data_ptr(), ring=self.ring.struct, wait=self._waits[CREDITS][kind], word_idx=CREDITS,
+            call=call.block.data_ptr(), ring=self._ring_struct, wait=self._waits[CREDITS][kind], word_idx=CREDITS,
             timeout_ms=limit_ms(timeout_s), word=self.ring.word_address(CREDITS),
         )  # fmt: skip
         self._launch("moe_comm_begin", begin, num_blocks=1)
@@ -328,7 +332,7 @@ class KernelExchange:
         release = fused.Release(
             words=self._at(call, self._releases_at), num_words=self.num_local,
             links=self._at(call, self._links_at), num_links=self.num_links, epoch=call.block.data_ptr(),
-            arrived=self.scratch.data_ptr(), status=self.scratch[2:].data_ptr(), ring=self.ring.struct,
+            arrived=self.scratch.data_ptr(), status=self.scratch[2:].data_ptr(), ring=self._ring_struct,
             waited=self.ring.status_address(ROWS),
         )  # fmt: skip
         unpack = fused.Unpack(release=release, **fields)
@@ -361,7 +365,7 @@ class KernelExchange:
     def _told_by(self, call: Round) -> dict[str, Any]:
         return {
             "epoch": call.block.data_ptr(), "arrived": self.scratch.data_ptr(),
-            "status": self.scratch[2:].data_ptr(), "ring": self.ring.struct,
+            "status": self.scratch[2:].data_ptr(), "ring": self._ring_struct,
             "waited": self.ring.status_address(CREDITS),
         }  # fmt: skip
 

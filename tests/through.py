@@ -116,6 +116,10 @@ def install_kernels():
         pairs = hops == "rank" or given in (0, ranks)
         if pairs and not options.get("mask_lost") and not options.get("window_bytes"):
             options["device"], max_tokens = "cpu", max_tokens or MOST_TOKENS
+            options |= {
+                "each_copy": True,
+                "hidden": 2 * options.get("hidden", 7168),
+            }  # one round for all
         make(
             self, group, hops=hops, ranks_per_node=ranks_per_node, max_tokens=max_tokens, **options
         )

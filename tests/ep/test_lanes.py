@@ -7,8 +7,6 @@ from cases import dispatch, expected, make_case, same
 import moe_comm
 from moe_comm import reference
 
-pytestmark = pytest.mark.loops("kernels do not add by lanes")
-
 OPTIONS = {"hidden": 64, "topk": 5, "num_experts": 12}
 NODES = [("rank", 1), ("rank", 2), ("node", 4)]  # one level: hops="rank", or one node
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

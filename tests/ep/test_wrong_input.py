@@ -311,6 +311,7 @@ def _differ(rank, group):
         moe_comm.Buffer(group, hidden=64 * (rank + 1))
 
 
+@pytest.mark.loops("is given another hidden there")
 def test_constructors_disagree(run_ranks):
     run_ranks(_differ, 2)
 

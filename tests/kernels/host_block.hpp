@@ -5,6 +5,7 @@
 #include <barrier>
 #include <bit>
 #include <chrono>
+#include <cmath>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -74,6 +75,10 @@ struct HostBlock : HostAccess {
   template <class T>
   T add(T a, T b) const {
     return a + b;
+  }
+  template <class T>
+  T fused(T a, T b, T c) const {
+    return std::fma(a, b, c);
   }
   float half_to_float(uint16_t bits) const { return std::bit_cast<_Float16>(bits); }
   uint16_t float_to_half(float value) const {
