@@ -87,6 +87,6 @@ def test_an_op_never_returns_one_tensor_twice(run_threads):
         assert handle.positions is handle.forward_rows
         once, again = handle.to_tensors(), handle.to_tensors()
         empty = [t for t in (*once, *again) if not t.numel()]
-        assert len(empty) == 6 and len({id(t) for t in empty}) == 6
+        assert len({id(t) for t in empty}) == len(empty) >= 6
 
     run_threads(body, 2, hidden=64, topk=2, num_experts=8)
