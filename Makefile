@@ -46,7 +46,7 @@ ifeq ($(origin CXX),default)
 CXX := g++
 endif
 
-.PHONY: help demo test test-faults test-clients test-kernels test-rdma bench lint lint-types clean
+.PHONY: help demo test test-faults test-clients test-kernels test-device test-rdma bench lint lint-types clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 

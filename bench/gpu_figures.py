@@ -1,22 +1,24 @@
 """How fast are the kernels on this GPU, against what it can copy? One figure for each call: prints one JSON line.
 
-    python bench/gpu_figures.py copy|rows|small|ring|sweep|staged|check [--dry-run]     (started by bench/gpu_suite.py)
+    python bench/gpu_figures.py copy|rows|small|ring|sweep|staged|calls|check [--dry-run]     (started by bench/gpu_suite.py)
 
 **Routing** is shaped as EP8's: R = 8, E = 256, K = 8, uniform, H = 7168 bf16, one node; T as said.
 **Bytes** are payload, each input read once and each output written once, whatever a kernel really reads. The roof is a
 device-to-device copy of as many bytes as a GPU's caches never hold, read and written, in the same process.
 **Time.** rows, sweep: CUDA events around one call each, inputs rotated so that they are larger than L2, 40 calls,
 median. small: every call of a rotation captured in one graph, 40 replays, divided; at T = 1 all fits in L2. ring: in
-the kernel, by the SM's clock. staged: host call to the end of the last copy. torch's way: `argsort`, `index_select`,
+the kernel, by the SM's clock. staged, calls: host call to the end of the stream. torch's way: `argsort`, `index_select`,
 `index_add_`, same inputs.
 **Traps.** pack of torch and Triton is called once for each lane, the fused one once; both fill the same windows.
---dry-run: tiny shapes on the CPU with the torch twins, to see that this program runs; its times mean nothing.
+--dry-run: tiny shapes on the CPU with the torch twins (calls: kernels as host code), to see that this program runs; its times mean nothing.
 """
 
 import argparse
 import ctypes
 import json
 import statistics
+import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -451,6 +453,50 @@ def staged(on: Device) -> dict:
     return found
 
 
+def calls(on: Device) -> dict:
+    """A moe_comm.Buffer of kernels, alone on the GPU: what one rank launches for a dispatch and a combine.
+
+    eager: host call to the end of the stream, exact sizes. graph: one replay of both, layout "padded".
+    """
+    found: dict = {}
+    if on.dry:  # as host code
+        sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/kernels"))
+        import host_device
+
+        host_device.run_on_host(host_device.build(tempfile.mkdtemp()))
+    for num_tokens in (1, 128, 4096):
+        T = on.tokens(num_tokens)
+        g = torch.Generator().manual_seed(T)
+        x = torch.randn(T, on.hidden, generator=g).bfloat16().to(on.device)
+        idx = torch.rand(T, EXPERTS, generator=g).topk(TOPK, dim=1).indices.to(on.device)
+        weights = torch.rand(T, TOPK, generator=g).to(on.device)
+        window_bytes = 8 * max(T, 64) * (on.hidden * 2 + 1024)
+        with moe_comm.Buffer(
+            moe_comm.EPGroup.threads(1)[0], hidden=on.hidden, topk=TOPK, num_experts=EXPERTS, max_tokens=T,
+            device=on.device, window_bytes=window_bytes,
+        ) as buffer:  # fmt: skip
+
+            def both(layout, buffer=buffer, x=x, idx=idx, weights=weights):
+                d = buffer.dispatch(x, idx, weights, num_experts=EXPERTS, layout=layout)
+                weighted = None if layout == "rank" else d.topk_weights
+                return buffer.combine(d.x, d.handle, weights=weighted)
+
+            for layout in ("rank", "expert"):
+                times = []
+                for _ in range(3 if on.dry else 35):
+                    start = time.perf_counter()
+                    both(layout)
+                    if not on.dry:
+                        torch.cuda.synchronize()
+                    times.append(1e6 * (time.perf_counter() - start))
+                found[f"eager {layout}, T={T}"] = figure(times[2:])
+            if num_tokens > 128:
+                continue  # padded: EXPERTS * T rows
+            both("padded")  # makes what is kept
+            found[f"graph padded, T={T}"] = figure(on.graph_us([lambda: both("padded")]))
+    return found
+
+
 def check(on: Device) -> dict:
     """Every fused kernel once, against its twin: what compute-sanitizer runs."""
     i = Inputs(on, 64, 0)
@@ -470,7 +516,8 @@ def check(on: Device) -> dict:
 
 
 FIGURES = {
-    "copy": copy_figure, "rows": rows, "small": small, "ring": ring, "sweep": sweep, "staged": staged, "check": check
+    "copy": copy_figure, "rows": rows, "small": small, "ring": ring, "sweep": sweep, "staged": staged, "calls": calls,
+    "check": check,
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ("copy", "rows", "small", "ring", "sweep", "staged")
+FIGURES = ("copy", "rows", "small", "ring", "sweep", "staged", "calls")
 LIMIT_S = 530  # of everything
 LIMITS_S = {"build": 150, "tests": 120, "exchange": 90, "sanitizer": 60, "figures": 75}
 GPU_TESTS = (

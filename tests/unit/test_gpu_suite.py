@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -53,3 +54,11 @@ def test_a_figure_in_a_dry_run(suite):
     assert result["not measured"] == "needs a GPU"
     assert result["probes"].startswith(("sm_80: ", "not compiled: "))  # as NVRTC is there or not
     assert result["engine"]["failed"] == 0
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_whole_calls_in_a_dry_run(suite):
+    command = [sys.executable, str(SUITE.with_name("gpu_figures.py")), "calls", "--dry-run"]
+    suite.environment = dict(os.environ)
+    result = suite.step("figures calls", command, 90, is_json=True)["result"]
+    assert len(result) == 5 and all(f["median_us"] > 0 for f in result.values())
