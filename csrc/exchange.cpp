@@ -212,8 +212,8 @@ Status Exchange::drain(double seconds) {
         backoff.step();
       }
     }
-    const std::array channels{links_[r].window_channel, links_[r].release_channel};
-    while (links_[r].present && !engine_.proxy().all_sent(channels) &&  // what kernels pushed, too
+    const std::array channels{links_[r].window_channel};  // what kernels pushed
+    while (!waits_.empty() && links_[r].present && !engine_.proxy().all_sent(channels) &&
            engine_.proxy().peer_state(links_[r].engine_peer) == PeerState::kReady &&
            seconds_since(start) <= seconds) {
       backoff.step();
