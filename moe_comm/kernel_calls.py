@@ -502,7 +502,7 @@ def judge_combine(exchange: KernelExchange, found: _engine.CallFormat, told: Tol
     error, token = told.words[4:6].tolist()
     if error and not told.words[0]:
         raise ArgumentError(LANES_TEXT.replace("%t", str(token)))
-    exchange.raise_told(told, found)
+    exchange.raise_told(told, found, belongs=True)
 
 
 def judge_dispatch(
@@ -519,4 +519,4 @@ def judge_dispatch(
         for letter, number in (("e", int(idx[token, entry])), ("t", token), ("k", entry)):
             text = text.replace(f"%{letter}", str(number))
         raise ArgumentError(text)
-    exchange.raise_told(told, found)
+    exchange.raise_told(told, found, belongs=idx is None)

@@ -421,8 +421,9 @@ class KernelExchange:
         for report in due:
             report.look()
 
-    def raise_told(self, told: Told, found: _engine.CallFormat) -> None:
-        """Raises PeerError, MismatchError, … if the host's copy of a Told says so; the wait's error if it failed."""
+    def raise_told(self, told: Told, found: _engine.CallFormat, belongs: bool) -> None:
+        """Raises PeerError, MismatchError, … if the host's copy of a Told says so; the wait's error if it failed.
+        `belongs`: to an earlier dispatch, which headers name."""
         assert told.epoch is not None
         epoch = int(told.epoch) % 2**64
         status, bad, identity = told.words[:3].tolist()
@@ -431,7 +432,7 @@ class KernelExchange:
             raise PeerTimeout(f"epoch {epoch}: rank {self.rank}: a wait ended with status {status}")
         if bad:
             header = bytes(told.words[11:TOLD_WORDS].view(torch.uint8).tolist())
-            self.native.judge(found, header, epoch, bad - 1, identity)
+            self.native.judge(found, header, epoch, bad - 1, identity if belongs else 0)
         most, most_rank, allowed, allowed_rank = told.words[7:11].tolist()
         if 0 < allowed < most:
             raise MismatchError(

@@ -3,6 +3,7 @@
 The whole suites of tests/ep run over it, too: `pytest tests/ep --through kernels`.
 """
 
+import ctypes
 import dataclasses
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from host_device import run_on_host
 
 import moe_comm
-from moe_comm import ArgumentError, _engine, reference
+from moe_comm import ArgumentError, PeerLost, TransportError, _engine, reference
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ep"))
 from cases import check_dispatched, dispatch, expected, make_case, node_list, same
@@ -119,6 +120,37 @@ def test_by_efas_rules(run_ranks, library, efa_rules, monkeypatch):
     results = run_ranks(_calls, 3, ("cpu", library._name), "fabric:efa", "expert", 1)
     check(results)
     assert all("efa" in name for name, _, _ in results)
+
+
+# --- what may be in a window -----------------------------------------------------------------------
+
+
+def _damaged(rank, group, library, offset):
+    run_on_host(library)
+    case = make_case(2, tokens=[6, 4], num_experts=8)
+    with moe_comm.Buffer(group, device="cpu", max_tokens=8, timeout_s=10, **SIZES) as buffer:
+        check_dispatched(dispatch(buffer, case, rank), expected(case), rank)
+        hook = dispatch(buffer, case, rank, async_op="hook")
+        group.gather(None)  # all have sent
+        if rank == 1:
+            hook()
+            return None
+        kernels, (pending, _) = buffer.kernels, buffer._unhooked[0]
+        window = int(kernels.windows_in(pending.call)[1])
+        byte = ctypes.c_uint8.from_address(window + offset)
+        byte.value ^= 1
+        with pytest.raises(TransportError) as caught:
+            hook()
+        with pytest.raises(PeerLost, match="damaged"):  # it gave up
+            dispatch(buffer, case, rank)
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("offset", [0, 9, 20, 60, 200, 256], ids=str)
+def test_a_damaged_header(run_ranks, library, offset):
+    """Not a row is touched of a header, or counts, of which one bit is another."""
+    text, _ = run_ranks(_damaged, 2, library._name, offset)
+    assert "rank 1 (node 0) is damaged" in text
 
 
 # --- captured ------------------------------------------------------------------------------------
