@@ -141,10 +141,28 @@ def arrived_in_part(job, segment, epoch):
     return rows[0] and not rows[-1]
 
 
+def unread_bytes():
+    """Of the fullest socket of this network: sent or to be sent, and not taken."""
+    lines = pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return max((int(line.split()[4].split(":")[0], 16) for line in lines), default=0)
+
+
+def wait_for_full_sockets():
+    """Until somebody's writes go no further."""
+    deadline, before = time.monotonic() + 20 * SLOWNESS, 0
+    while True:
+        time.sleep(0.4)
+        now = unread_bytes()
+        if now == before and now > 1 << 14:
+            return
+        assert time.monotonic() < deadline, f"no socket is full: {now} bytes"
+        before = now
+
+
 def meet_in_the_middle(job, segment, epoch, sig):
     """Before the call of all but rank 3: it is sent `sig` when a part of its message to rank 1 is there.
 
-    tcp: rank 1 reads nothing, until the sockets are full and the signal was sent. verbs: the wire is slow.
+    tcp: rank 1 reads nothing, until its sockets are full and the signal was sent. verbs: the wire is slow.
     """
     if job.backend == "verbs":
         deadline = time.monotonic() + 10 * SLOWNESS
@@ -155,7 +173,7 @@ def meet_in_the_middle(job, segment, epoch, sig):
         job.stop_here()
     elif job.rank == 0:
         job.wait_for_state(READER, "T")
-        time.sleep(0.4)
+        wait_for_full_sockets()
     if job.rank == 0:
         os.kill(job.pids[VICTIM], sig)
         job.group.store.set("signalled", str(time.monotonic()))
