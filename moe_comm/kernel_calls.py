@@ -40,19 +40,24 @@ def route_texts(num_experts: int) -> tuple[str, str]:
     )
 
 
-class KernelDispatch(PendingDispatch):
-    """A dispatch from its first send to its last receive."""
+class ByKernels:
+    """What both kinds of calls have."""
 
     exchange: KernelExchange
+    error: ArgumentError | None
 
-    def __init__(self, buffer: Any, request: DispatchRequest):
+    def __init__(self, buffer: Any, request: DispatchRequest | CombineRequest):
         self.exchange, self.call = buffer.kernels, Round()
         self.report: Report | None = None
-        super().__init__(buffer, request)
+        super().__init__(buffer, request)  # type: ignore[call-arg]
 
     def refuse(self, text: str) -> None:
         """This rank takes part with no tokens and `text`; `finish` raises it."""
         self.error, self.text = ArgumentError(text), text
+
+
+class KernelDispatch(ByKernels, PendingDispatch):
+    """A dispatch from its first send to its last receive."""
 
     def _check(self) -> None:
         super()._check()
@@ -293,19 +298,8 @@ class KernelDispatch(PendingDispatch):
         return self.result
 
 
-class KernelCombine(PendingCombine):
+class KernelCombine(ByKernels, PendingCombine):
     """A combine from its first send to its last receive."""
-
-    exchange: KernelExchange
-
-    def __init__(self, buffer: Any, request: CombineRequest):
-        self.exchange, self.call = buffer.kernels, Round()
-        self.report: Report | None = None
-        super().__init__(buffer, request)
-
-    def refuse(self, text: str) -> None:
-        """As in KernelDispatch."""
-        self.error, self.text = ArgumentError(text), text
 
     def _check(self) -> None:
         super()._check()
