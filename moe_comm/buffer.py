@@ -32,7 +32,7 @@ from .config import Config
 from .dispatch import DispatchRequest, PendingDispatch
 from .errors import ArgumentError, ClosedError, MoeCommError, PeerLost, PeerTimeout, TransportError
 from .event import Event, Hook
-from .exchange import open_exchange
+from .exchange import all_or_none, open_exchange
 from .generation import meet
 from .group import EPGroup, survey
 from .handle import HOPS, Handle
@@ -166,7 +166,12 @@ class Buffer:
         if self.config.device:
             from . import kernel_exchange  # device code is loaded where it is asked for
 
-            self.kernels = kernel_exchange.opened(self, opened.engine, opened.native)
+            self.kernels, _ = all_or_none(
+                group,
+                "kernels",
+                lambda: kernel_exchange.opened(self, opened.native),
+                lambda made: None,
+            )
 
     # --- what it is ----------------------------------------------------------------------------------
 
@@ -328,6 +333,7 @@ class Buffer:
                     "call an earlier hook first"
                 )
             self._counts[counter] += 1
+            pending.ordered = async_op != "event"
             with _Faults(self):
                 if async_op == "hook" and pending.error is None:
                     return self._send_hooked(pending)

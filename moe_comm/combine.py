@@ -59,6 +59,7 @@ class PendingCombine:
     """A combine from its first send to its last receive."""
 
     call: Any  # as in dispatch.py
+    ordered = True
 
     def __init__(self, buffer: "Buffer", request: CombineRequest):
         self.buffer, self.request = buffer, request

@@ -77,6 +77,7 @@ class PendingDispatch:
     """A dispatch from its first send to its last receive."""
 
     call: Any  # _engine.Call; or, of kernels, a Round
+    ordered = True  # whether the caller's stream waits for results, or an event does
 
     def __init__(self, buffer: "Buffer", request: DispatchRequest):
         self.buffer, self.request = buffer, request

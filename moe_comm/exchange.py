@@ -94,7 +94,7 @@ def open_exchange(
             "segment": native.segment, "region": native.region, "address": engine.address, "rows": rows,
         }  # fmt: skip
 
-    (engine, native, _), offers = _all_or_none(
+    (engine, native, _), offers = all_or_none(
         group, "opening the transport", prepare, lambda made: made[2]
     )
 
@@ -113,7 +113,7 @@ def open_exchange(
             window, release = offers[r]["rows"][group.rank]
             native.link_peer(r, peer, offers[r]["region"], window, release)
 
-    _all_or_none(group, "connecting", connect, lambda made: None)
+    all_or_none(group, "connecting", connect, lambda made: None)
     native.start()
     return OpenExchange(engine, native, topology)
 
@@ -131,7 +131,7 @@ def _engine_of(group: EPGroup, config: Config, transport: str, interface: str) -
         return group.engines[key]
 
 
-def _all_or_none(group: EPGroup, what: str, step: Callable, offer: Callable):
+def all_or_none(group: EPGroup, what: str, step: Callable, offer: Callable):
     """Runs a step on every rank; if it failed on one, all raise with its text."""
     made, error = None, None
     try:

@@ -293,7 +293,9 @@ class KernelDispatch(ByKernels, PendingDispatch):
                 forward_rows=no_rows(self.buffer.topology.node_ranks, exchange.device),
                 tokens_per_expert=self.tokens_per_expert, told=self.told.words, generation=self.buffer.generation,
             )  # fmt: skip
-        self.event = exchange.hand_out(payload, scales, ids, weights, self.tokens_per_expert)
+        self.event = exchange.hand_out(
+            payload, scales, ids, weights, self.tokens_per_expert, ordered=self.ordered
+        )
         self.result = Dispatched(x, ids, weights, self.tokens_per_expert, handle)
         return self.result
 
@@ -459,7 +461,7 @@ class KernelCombine(ByKernels, PendingCombine):
             self.exchange.leave(self.report)
         if self.error is not None:
             raise self.error
-        self.event = self.exchange.hand_out(self.out, self.out_columns)
+        self.event = self.exchange.hand_out(self.out, self.out_columns, ordered=self.ordered)
         return self.out if self.out_columns is None else (self.out, self.out_columns)
 
 

@@ -40,6 +40,7 @@ HEADER_BYTES = _engine.HEADER_BYTES
 CREDITS, ROWS = 0, 1  # the ring's words
 TOLD_WORDS = 11 + HEADER_BYTES // 8  # headers.cuh: Told
 MAX_REPORTS = 64
+CAPTURED_WORDS = 1 << 18  # for what captured calls tell the host: 2 MiB
 SPIN_S, NAP_S = 200e-6, 50e-6
 
 
@@ -121,7 +122,7 @@ class _Done:
 class KernelExchange:
     """Opened for each generation of a Buffer; `close` before its native exchange."""
 
-    def __init__(self, buffer: "Buffer", engine: _engine.Engine, native: _engine.Exchange):
+    def __init__(self, buffer: "Buffer", native: _engine.Exchange):
         self.device, self.native = buffer.device, native
         topology = buffer.topology
         self.rank, self.num_ranks = topology.rank, buffer.num_ranks
@@ -129,7 +130,7 @@ class KernelExchange:
         self.kernels = for_device(self.device)
         self._late_s = buffer.config.timeout_s
         self.ring = DeviceRing(
-            engine, self.device, num_words=2, timeout_s=buffer.config.timeout_s, silent_s=buffer.config.silence_s
+            buffer.engine, self.device, num_words=2, timeout_s=buffer.config.timeout_s, silent_s=buffer.config.silence_s
         )  # fmt: skip
         self._ring_struct = self.ring.struct
         view = native.open_view()
@@ -162,6 +163,7 @@ class KernelExchange:
         self._reports: list[Report] = []
         self.stream = None
         if self.device.type == "cuda":
+            self._captured_words = torch.zeros(CAPTURED_WORDS, dtype=torch.int64, pin_memory=True)
             self.stream = torch.cuda.Stream(self.device)
             torch.cuda.synchronize(self.device)  # what was made here was made on another stream
 
@@ -210,7 +212,7 @@ class KernelExchange:
             if self.stream is not None and tensor is not None:
                 tensor.record_stream(self.stream)
 
-    def hand_out(self, *tensors: Tensor | None, ordered: bool = True) -> Any:
+    def hand_out(self, *tensors: Tensor | None, ordered: bool) -> Any:
         """Memory made here, to be used on the caller's current stream. Returns an event behind all that was launched;
         `ordered`: the current stream is ordered behind it."""
         if self.stream is None:
@@ -378,9 +380,14 @@ class KernelExchange:
         """On the stream: `told` starts for the host; `judge` raises what is wrong with it."""
         if self.stream is None:
             return Report(told, _Done(), judge)
-        captured = self.capturing()
+        captured, length = self.capturing(), 1 + len(told.words)
         assert told.epoch is not None
-        words = torch.zeros(1 + len(told.words), dtype=torch.int64, pin_memory=True)
+        if captured:  # no memory of the host can be made now
+            words, self._captured_words = self._captured_words.split(
+                [length, len(self._captured_words) - length]
+            )
+        else:
+            words = torch.zeros(length, dtype=torch.int64, pin_memory=True)
         words[:-1].copy_(told.words, non_blocking=True)
         words[-1:].copy_(told.epoch, non_blocking=True)
         event: Any = _Done()  # what is captured cannot be asked
@@ -458,7 +465,7 @@ class KernelExchange:
         self.ring.close()
 
 
-def opened(buffer: "Buffer", engine: _engine.Engine, native: _engine.Exchange) -> KernelExchange:
+def opened(buffer: "Buffer", native: _engine.Exchange) -> KernelExchange:
     """Raises ArgumentError where kernels cannot be this rank, RuntimeError or ImportError where they cannot run."""
     if buffer.mask_lost or (buffer.hops == "node" and buffer.topology.num_nodes > 1):
         raise wrong(
@@ -467,7 +474,7 @@ def opened(buffer: "Buffer", engine: _engine.Engine, native: _engine.Exchange) -
     if buffer.max_tokens is None:
         raise wrong("device", "None without max_tokens", str(buffer.device))
     try:
-        return KernelExchange(buffer, engine, native)
+        return KernelExchange(buffer, native)
     except (ImportError, RuntimeError) as error:
         if isinstance(error, MoeCommError):
             raise

@@ -13,7 +13,14 @@ import torch
 from host_device import run_on_host
 
 import moe_comm
-from moe_comm import ArgumentError, PeerLost, TransportError, _engine, reference
+from moe_comm import (
+    ArgumentError,
+    PeerLost,
+    TransportError,
+    _engine,
+    kernel_exchange,
+    reference,
+)
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ep"))
 from cases import check_dispatched, dispatch, expected, make_case, node_list, same
@@ -235,3 +242,25 @@ def _refused(rank, group, library):
 
 def test_refused(run_ranks, library):
     run_ranks(_refused, 2, library._name)
+
+
+def _one_has_no_driver(rank, group, library):
+    run_on_host(library)
+
+    def made(buffer, native):
+        raise RuntimeError("no driver")
+
+    real = kernel_exchange.KernelExchange
+    if rank == 1:
+        kernel_exchange.KernelExchange = made
+    with pytest.raises((ArgumentError, TransportError)) as caught:
+        moe_comm.Buffer(group, device="cpu", max_tokens=8, **SIZES)
+    kernel_exchange.KernelExchange = real
+    moe_comm.Buffer(group, device="cpu", max_tokens=8, **SIZES).close()
+    return str(caught.value)
+
+
+def test_all_raise_where_one_cannot(run_ranks, library):
+    there, here = run_ranks(_one_has_no_driver, 2, library._name)
+    assert here == "device: cpu: no driver"
+    assert there == "kernels: rank 1 failed: device: cpu: no driver"
