@@ -1,0 +1,179 @@
+"""A Buffer of kernels on streams, and captured: torch.cuda's streams and events pretended, all else as it is.
+
+What a graph's calls return is as large as it can become, as nobody asks the device for sizes.
+"""
+
+import contextlib
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from host_device import run_on_host
+
+import moe_comm
+from moe_comm import ArgumentError, MismatchError, kernel_exchange, reference
+from moe_comm.kernels import fused
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "ep"))
+from cases import check_dispatched, dispatch, expected, make_case, same
+
+SIZES = {"hidden": 64, "topk": 3, "num_experts": 8, "max_tokens": 8}
+
+
+class Pretended:
+    """torch.cuda: everything that is launched is over at once; what is called is written down."""
+
+    def __init__(self):
+        self.captures, self.called = False, []
+        self.current = self.Stream(self)
+
+    class Stream:
+        cuda_stream = 0
+
+        def __init__(self, cuda):
+            self.cuda = cuda
+
+        def wait_stream(self, other):
+            self.cuda.called.append("the exchange's stream waits")
+
+        def wait_event(self, event):
+            self.cuda.called.append("the caller's stream waits")
+
+        def query(self):
+            return True
+
+    class Event:
+        def record(self, stream=None):
+            pass
+
+        def query(self):
+            return True
+
+        def wait(self):
+            pass
+
+
+@pytest.fixture
+def cuda(library, monkeypatch):
+    monkeypatch.setattr(fused, "run", fused.run)
+    monkeypatch.setattr(fused, "stream_wait", fused.stream_wait)
+    run_on_host(library._name)
+    pretended = Pretended()
+    in_context = lambda _: contextlib.nullcontext()  # noqa: E731
+    for name, value in {
+        "Event": pretended.Event, "current_stream": lambda device=None: pretended.current, "stream": in_context,
+        "device": in_context, "is_current_stream_capturing": lambda: pretended.captures,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **kw: zeros(*shape, **kw))
+    return pretended
+
+
+def on_ranks(cuda, body):
+    """body(buffer, rank) of two threads; Buffers have streams."""
+    errors, groups = [], moe_comm.EPGroup.threads(2)
+    words = torch.zeros(2, kernel_exchange.CAPTURED_WORDS, dtype=torch.int64)
+
+    def run(rank):
+        try:
+            with moe_comm.Buffer(groups[rank], device="cpu", timeout_s=10, **SIZES) as buffer:
+                buffer.kernels.stream = cuda.Stream(cuda)
+                buffer.kernels._captured_words = words[rank]
+                body(buffer, rank)
+        except BaseException as error:  # to be raised by the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    if errors:
+        raise errors[0]
+
+
+def combined(want, hops="node"):
+    weights = (
+        None if want.x[0].dim() == 2 and want.topk_weights[0].dim() == 2 else want.topk_weights
+    )
+    return reference.combine(
+        want.x, want.bookkeeping, weights=weights, node_of=[0, 0], hops=hops
+    ).x  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert", "padded"])
+@pytest.mark.parametrize("async_op", [None, "event", "hook"])
+def test_streams(cuda, layout, async_op):
+    case = make_case(2, layout=layout, tokens=[8, 5])
+    want = expected(case)
+
+    def body(buffer, rank):
+        result = dispatch(buffer, case, rank, async_op=async_op)
+        if async_op == "hook":
+            result()
+            result = result.result
+        got, event = result if async_op == "event" else (result, None)
+        if event is not None:
+            assert event.query()
+            event.wait()
+        check_dispatched(got, want, rank)
+        weights = None if layout == "rank" else got.topk_weights
+        assert same(buffer.combine(got.x, got.handle, weights=weights), combined(want)[rank])
+
+    on_ranks(cuda, body)
+    halves = 2 * 3 * 2  # two ranks, two calls: sent, headers, rows
+    assert cuda.called.count("the exchange's stream waits") == halves
+    ends = 4 if async_op != "event" else 2  # an event leaves it to who asked for it
+    assert cuda.called.count("the caller's stream waits") == ends
+
+
+@pytest.mark.parametrize(
+    "layout, alignment", [("rank", 1), ("expert", 1), ("expert", 4), ("padded", 1)]
+)
+def test_captured_calls_know_no_sizes(cuda, layout, alignment):
+    cuda.captures = True
+    case = make_case(2, layout=layout, tokens=[8, 5], alignment=alignment)
+    want = expected(case)
+
+    def body(buffer, rank):
+        got = dispatch(buffer, case, rank)
+        x, rows = got.x, len(want.x[rank])
+        assert same(x[:rows], want.x[rank]) and not x[rows:].any()
+        assert got.handle.number == 0 and got.handle.totals == (0, 0)
+        owned = (4, 3)[rank]
+        bounds = {"rank": 16, "expert": 16 * 3 + owned * (alignment - 1), "padded": owned}
+        assert len(x) == bounds[layout], "of 8 tokens a rank, 3 experts a token"
+        weights = None if layout == "rank" else got.topk_weights
+        assert same(buffer.combine(x, got.handle, weights=weights), combined(want)[rank])
+        again = buffer.dispatch(case.xs[rank] * 2, handle=got.handle, layout=layout)
+        assert same(again.x, x * 2)
+        assert len(buffer.kernels._reports) == 3 and all(
+            r.captured for r in buffer.kernels._reports
+        )
+
+    on_ranks(cuda, body)
+
+
+def test_what_a_graph_found_is_raised_by_the_next_call(cuda):
+    case = make_case(2, layout="padded", tokens=[8, 5])
+    gate = threading.Barrier(2)
+
+    def body(buffer, rank):
+        small = {**vars(case), "num_experts": 7 + rank}
+        with pytest.raises(ArgumentError, match="capacity: expected at least 16 while a graph is"):
+            gate.wait(10)
+            cuda.captures = True
+            dispatch(buffer, type(case)(**{**vars(case), "capacity": 9}), rank)
+        dispatch(buffer, type(case)(**small), rank)  # nobody looks
+        gate.wait(10)
+        cuda.captures = False
+        gate.wait(10)
+        with pytest.raises(MismatchError, match="disagrees in num_experts"):
+            dispatch(buffer, case, rank)
+        check_dispatched(dispatch(buffer, case, rank), expected(case), rank)  # once
+
+    on_ranks(cuda, body)
