@@ -1,16 +1,17 @@
 """How fast are the kernels on this GPU, against what it can copy? One figure for each call: prints one JSON line.
 
-    python bench/gpu_figures.py copy|rows|small|ring|sweep|staged|calls|check [--dry-run]     (started by bench/gpu_suite.py)
+    python bench/gpu_figures.py copy|rows|small|ring|sweep|staged|calls|check [--dry-run]  (by bench/gpu_suite.py)
 
 **Routing** is shaped as EP8's: R = 8, E = 256, K = 8, uniform, H = 7168 bf16, one node; T as said.
 **Bytes** are payload, each input read once and each output written once, whatever a kernel really reads. The roof is a
 device-to-device copy of as many bytes as a GPU's caches never hold, read and written, in the same process.
 **Time.** rows, sweep: CUDA events around one call each, inputs rotated so that they are larger than L2, 40 calls,
 median. small: every call of a rotation captured in one graph, 40 replays, divided; at T = 1 all fits in L2. ring: in
-the kernel, by the SM's clock. staged, calls: host call to the end of the stream. torch's way: `argsort`, `index_select`,
-`index_add_`, same inputs.
+the kernel, by the SM's clock. staged, calls: host call to the end of the stream. torch's way: `argsort`,
+`index_select`, `index_add_`, same inputs.
 **Traps.** pack of torch and Triton is called once for each lane, the fused one once; both fill the same windows.
---dry-run: tiny shapes on the CPU with the torch twins (calls: kernels as host code), to see that this program runs; its times mean nothing.
+--dry-run: tiny shapes on the CPU with the torch twins (calls: kernels as host code), to see that this program runs;
+its times mean nothing.
 """
 
 import argparse
