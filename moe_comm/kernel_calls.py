@@ -97,9 +97,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
                 self.num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node"
             )
         texts = () if request.handle is not None else route_texts(self.num_experts)
-        self.like = self.exchange.kept_like(
-            (DISPATCH, self.dtype, self.row, self.num_experts), found, texts
-        )
+        self.like = self.exchange.kept_like(found, texts)
 
     # --- sending ---------------------------------------------------------------------------------
 
@@ -168,7 +166,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
             judge = functools.partial(
                 judge_dispatch, exchange, self.format, self.num_experts, self.idx
             )
-            self.report = exchange.report(self.told, judge)
+            self.report = exchange.report(f"dispatch epoch {self.call.epochs[0]}", self.told, judge)
         if self.exact and request.handle is None:
             self.known: Told | None = exchange.read(self.report, exchange.late_s(request.timeout_s))
         else:
@@ -325,8 +323,7 @@ class KernelCombine(ByKernels, PendingCombine):
         if each:
             slots = -(-handle.num_experts // self.exchange.num_ranks)
             self.rows_per_token = min(handle.topk, slots)
-        key = (COMBINE, self.y.dtype, self.row, handle.num_experts, each)
-        self.like = self.exchange.kept_like(key, found, (LANES_TEXT,))
+        self.like = self.exchange.kept_like(found, (LANES_TEXT,))
 
     def send(self) -> None:
         exchange, request, handle = self.exchange, self.request, self.request.handle
@@ -382,7 +379,7 @@ class KernelCombine(ByKernels, PendingCombine):
                 error=self.lane_error,
             )  # fmt: skip
             judge = functools.partial(judge_combine, exchange, self.format)
-            self.report = exchange.report(self.told, judge)
+            self.report = exchange.report(f"combine epoch {self.call.epochs[0]}", self.told, judge)
 
     def receive(self, round_idx: int) -> None:
         exchange, handle = self.exchange, self.request.handle

@@ -90,10 +90,11 @@ class Told:
         return self.tables[first : first + self._ranks * num_counts].view(self._ranks, num_counts)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Report:
     """A Told on its way to the host, and how its numbers become an error."""
 
+    what: str  # "dispatch epoch 42"
     told: Told
     event: Any  # query()
     judge: Callable[[Told], None]
@@ -159,7 +160,7 @@ class KernelExchange:
         self._next = self._constant([buffer.config.first_epoch])
         self.next_epoch = buffer.config.first_epoch  # of the next call, not counting replays
         self.scratch = self._constant([0] * 4)  # arrived [2], status of pushes
-        self._likes: dict[Any, Tensor] = {}
+        self._likes: dict[_engine.CallFormat, Tensor] = {}
         self._reports: list[Report] = []
         self.stream = None
         if self.device.type == "cuda":
@@ -260,10 +261,11 @@ class KernelExchange:
         headers = [self.native.header_like(found, text) for text in ("", *texts)]
         return torch.frombuffer(bytearray(b"".join(headers)), dtype=torch.uint8).to(self.device)
 
-    def kept_like(self, key: Any, found: _engine.CallFormat, texts: tuple[str, ...] = ()) -> Tensor:
-        made = self._likes.get(key)
+    def kept_like(self, found: _engine.CallFormat, texts: tuple[str, ...] = ()) -> Tensor:
+        """The same, kept as long as the Buffer keeps its formats."""
+        made = self._likes.get(found)
         if made is None:
-            made = self._likes[key] = self.like(found, texts)
+            made = self._likes[found] = self.like(found, texts)
         return made
 
     def write_headers(self, call: Round, like: Tensor, **fields: Any) -> None:
@@ -376,10 +378,10 @@ class KernelExchange:
 
     # --- what kernels found ----------------------------------------------------------------------
 
-    def report(self, told: Told, judge: Callable[[Told], None]) -> Report:
+    def report(self, what: str, told: Told, judge: Callable[[Told], None]) -> Report:
         """On the stream: `told` starts for the host; `judge` raises what is wrong with it."""
         if self.stream is None:
-            return Report(told, _Done(), judge)
+            return Report(what, told, _Done(), judge)
         captured, length = self.capturing(), 1 + len(told.words)
         assert told.epoch is not None
         if captured:  # no memory of the host can be made now
@@ -394,7 +396,8 @@ class KernelExchange:
         if not captured:
             event = torch.cuda.Event()
             event.record(self.stream)
-        return Report(Told(words[:-1], self.num_ranks, words[-1:]), event, judge, captured)
+        told = Told(words[:-1], self.num_ranks, words[-1:])
+        return Report(what, told, event, judge, captured)
 
     def read(self, report: Report, timeout_s: float) -> Told:
         """On the host, once it is there. Raises PeerTimeout, and what ended the ring."""
@@ -403,7 +406,8 @@ class KernelExchange:
             waited = time.monotonic() - start
             if waited > timeout_s + self._late_s:
                 raise PeerTimeout(
-                    f"{self.device}: rank {self.rank} waited {waited:.1f} s for its own stream to come to this call"
+                    f"{report.what}, rank {self.rank} waited {waited:.1f} s for its own stream on {self.device} to "
+                    "come to this call"
                 )
             time.sleep(NAP_S if waited > SPIN_S else 0)
         return report.told
@@ -423,9 +427,11 @@ class KernelExchange:
         open_ones = [r for r in self._reports if not r.captured]
         for report in open_ones[:-MAX_REPORTS]:
             self.read(report, self._late_s)
-        due = [report for report in self._reports if report.event.query()]
-        self._reports = [r for r in self._reports if r.captured or not any(r is d for d in due)]
-        for report in due:
+        for report in [report for report in self._reports if report.event.query()]:
+            if not report.captured:
+                self._reports.remove(
+                    report
+                )  # those behind one that raises are left for later calls
             report.look()
 
     def raise_told(self, told: Told, found: _engine.CallFormat, belongs: bool) -> None:

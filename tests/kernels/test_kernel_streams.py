@@ -45,11 +45,13 @@ class Pretended:
             return True
 
     class Event:
+        over = True
+
         def record(self, stream=None):
             pass
 
         def query(self):
-            return True
+            return self.over
 
         def wait(self):
             pass
@@ -175,5 +177,26 @@ def test_what_a_graph_found_is_raised_by_the_next_call(cuda):
         with pytest.raises(MismatchError, match="disagrees in num_experts"):
             dispatch(buffer, case, rank)
         check_dispatched(dispatch(buffer, case, rank), expected(case), rank)  # once
+
+    on_ranks(cuda, body)
+
+
+def test_every_call_that_failed_is_told_of(cuda, monkeypatch):
+    """Two calls fail before anybody looks: the next two raise, one after the other, then a call works."""
+    case = make_case(2, layout="padded", tokens=[8, 5])
+    gate = threading.Barrier(2)
+
+    def body(buffer, rank):
+        monkeypatch.setattr(Pretended.Event, "over", False)
+        gate.wait(10)
+        for _ in range(2):
+            dispatch(buffer, type(case)(**{**vars(case), "num_experts": 7 + rank}), rank)
+        gate.wait(10)
+        monkeypatch.setattr(Pretended.Event, "over", True)
+        gate.wait(10)
+        for epoch in (2, 3):
+            with pytest.raises(MismatchError, match=f"dispatch epoch {epoch}: .* num_experts"):
+                dispatch(buffer, case, rank)
+        check_dispatched(dispatch(buffer, case, rank), expected(case), rank)
 
     on_ranks(cuda, body)
