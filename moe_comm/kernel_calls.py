@@ -96,6 +96,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
             self.counts_bytes = counts_bytes(
                 self.num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node"
             )
+        self.exchange.expect_room(self.num_counts)
         texts = () if request.handle is not None else route_texts(self.num_experts)
         self.like = self.exchange.kept_like(found, texts)
 
@@ -312,6 +313,7 @@ class KernelCombine(ByKernels, PendingCombine):
             raise wrong(
                 "y", f"rows of which windows hold {most} (max_tokens): more window_bytes", self.y
             )
+        self.exchange.expect_room(0)
         self.format = found
         self.row = RowFormat.of_combine(
             self.y.shape[1] * self.y.element_size(),

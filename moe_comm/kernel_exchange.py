@@ -40,7 +40,7 @@ HEADER_BYTES = _engine.HEADER_BYTES
 CREDITS, ROWS = 0, 1  # the ring's words
 TOLD_WORDS = 11 + HEADER_BYTES // 8  # headers.cuh: Told
 MAX_REPORTS = 64
-CAPTURED_WORDS = 1 << 18  # for what captured calls tell the host: 2 MiB
+CAPTURED_WORDS = 1 << 21  # for what captured calls tell the host: 16 MiB
 SPIN_S, NAP_S = 200e-6, 50e-6
 
 
@@ -375,6 +375,13 @@ class KernelExchange:
 
     def late_s(self, timeout_s: float | None) -> float:
         return self._late_s if timeout_s is None else timeout_s
+
+    def expect_room(self, num_counts: int) -> None:
+        """Raises ArgumentError where graphs hold as many calls as can tell the host of errors."""
+        if self.capturing() and len(self._captured_words) <= self.told_words(num_counts):
+            raise ArgumentError(
+                "device: expected fewer captured calls of one Buffer: make another one for more graphs"
+            )
 
     # --- what kernels found ----------------------------------------------------------------------
 

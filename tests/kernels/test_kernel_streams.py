@@ -160,6 +160,27 @@ def test_captured_calls_know_no_sizes(cuda, layout, alignment):
     on_ranks(cuda, body)
 
 
+def test_graphs_with_too_many_calls(cuda):
+    """The call that finds no room is refused on all ranks before it sends rows; eager ones go on."""
+    case = make_case(2, layout="padded", tokens=[8, 5])
+    gate = threading.Barrier(2)
+
+    def body(buffer, rank):
+        words = buffer.kernels._captured_words
+        buffer.kernels._captured_words = words[: 1 + buffer.kernels.told_words(4)]
+        gate.wait(10)
+        cuda.captures = True
+        dispatch(buffer, case, rank)
+        with pytest.raises(ArgumentError, match="device: expected fewer captured calls"):
+            dispatch(buffer, case, rank)
+        gate.wait(10)
+        cuda.captures = False
+        gate.wait(10)
+        check_dispatched(dispatch(buffer, case, rank), expected(case), rank)
+
+    on_ranks(cuda, body)
+
+
 def test_what_a_graph_found_is_raised_by_the_next_call(cuda):
     case = make_case(2, layout="padded", tokens=[8, 5])
     gate = threading.Barrier(2)
