@@ -165,10 +165,11 @@ enum ExchangeKind : uint32_t { kNoExchange = 0, kDispatch = 1, kCombine = 2 };
 
 enum HeaderStatus : uint32_t {
   kHeaderOk = 0,
-  kHeaderError = 1,    // the sender's arguments were wrong; its text says which
-  kHeaderMissing = 2,  // a forwarder's verdict: `origin` sent nothing before the deadline
-  kHeaderLost = 3,     // likewise: `origin` died
-  kHeaderDamaged = 4,  // likewise: the header that came from `origin` is not what anybody wrote
+  kHeaderError = 1,      // the sender's arguments were wrong; its text says which
+  kHeaderMissing = 2,    // a forwarder's verdict: `origin` sent nothing before the deadline
+  kHeaderLost = 3,       // likewise: `origin` died
+  kHeaderDamaged = 4,    // likewise: the header that came from `origin` is not what anybody wrote
+  kHeaderDisagrees = 5,  // a forwarder's own call is another than this one of `origin`
 };
 
 // What every rank must pass alike to one call. Compared field by field, so that an error names the
@@ -205,6 +206,14 @@ struct Header {
                      // name the dispatch
   uint64_t check;  // digest of the other fields; a reader that finds another believes none of them
   char text[kHeaderTextBytes];
+};
+
+// The text of a header with kHeaderDisagrees: the forwarder's call. Nobody between the two knows
+// which of them is wrong; a reader finds the one that is not as its own.
+struct Disagreed {
+  uint32_t rank;
+  uint32_t kind;  // ExchangeKind
+  Agreed agreed;
 };
 
 // Order matters: digest of a sequence = mix of the digest so far and the next word.
@@ -244,7 +253,7 @@ enum RankState : uint64_t { kAlive = 0, kClosed = 1, kFailed = 2 };
 static_assert(sizeof(Command) == 16 && sizeof(ArmedWord) == 16 && offsetof(ArmedWord, status) == 8);
 static_assert(sizeof(DeviceRing) == 56);
 static_assert(sizeof(Immediate) == 4);
-static_assert(sizeof(Agreed) == 40);
+static_assert(sizeof(Agreed) == 40 && sizeof(Disagreed) == 48);
 static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, agreed) == 40 &&
               offsetof(Header, check) == 8 * kCheckWord && offsetof(Header, text) == 96);
 #endif

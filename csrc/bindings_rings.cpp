@@ -56,43 +56,41 @@ Call call_of(const CallFormat& format, const std::string& text) {
   return call;
 }
 
-template <typename T>
-std::vector<uintptr_t> addresses_of(const std::vector<T*>& pointers) {
-  std::vector<uintptr_t> out;
-  for (const T* pointer : pointers) out.push_back(address_of(pointer));
-  return out;
+py::bytes bytes_of(const Header& header) {
+  return py::bytes(reinterpret_cast<const char*>(&header), sizeof header);
 }
 
 }  // namespace
 
 void bind_kernel_view(py::class_<Exchange>& exchange) {
   exchange
-      // What KernelView holds, addresses as numbers: banks have (out, in, commits, releases,
-      // links).
+      // What KernelView holds, addresses as numbers; tables: (name, addresses?, words by bank).
       .def("open_view",
            [](Exchange& self) {
              const KernelView view = check(unlocked([&] { return self.open_view(); }));
              py::dict d;
-             py::list banks, segments;
-             for (const KernelView::Bank& b : view.banks) {
-               banks.append(py::make_tuple(addresses_of(b.out), addresses_of(b.in),
-                                           addresses_of(b.commits), addresses_of(b.releases),
-                                           b.links));
-             }
+             py::list tables, segments;
+             for (const KernelView::Table& table : view.tables)
+               tables.append(py::make_tuple(table.name, table.addresses, table.words));
              for (const auto& bytes : view.segments)
                segments.append(py::make_tuple(address_of(bytes.data()), bytes.size()));
-             d["banks"] = banks;
+             d["tables"] = tables;
              d["segments"] = segments;
              d["links"] = view.links;
              d["local"] = view.local;
+             d["results"] = view.results;
              d["credits"] = view.credits;
              d["rows"] = view.rows;
+             d["forward"] = view.forward;
              return d;
            })
       .def("header_like",
            [](const Exchange& self, const CallFormat& format, const std::string& text) {
-             const Header header = self.header_like(call_of(format, text));
-             return py::bytes(reinterpret_cast<const char*>(&header), sizeof header);
+             return bytes_of(self.header_like(call_of(format, text)));
+           })
+      .def("damaged_like",
+           [](const Exchange& self, const CallFormat& format, uint32_t writer) {
+             return bytes_of(self.damaged_like(call_of(format, ""), writer));
            })
       .def("blame", &Exchange::blame)
       .def("judge", [](Exchange& self, const CallFormat& format, const py::bytes& header,

@@ -250,10 +250,14 @@ Status Exchange::close(double seconds) {
 void Exchange::fail(const Status& status) {
   fault_.raise(status);
   if (!started_) return;
+  say_failed();
+  engine_.proxy().beat_now();
+}
+
+void Exchange::say_failed() {
   auto* word = reinterpret_cast<Counter*>(base_ + kBeatAt + kBlameAt);
   word_at(*word).store(blamed_.load(), std::memory_order_relaxed);
   word_at(beat_word(base_)).fetch_or(kFailed, std::memory_order_release);
-  engine_.proxy().beat_now();
   for (const Peer& peer : peers_) {
     if (peer.base) ring(bell(peer.base));
   }

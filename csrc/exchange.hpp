@@ -148,18 +148,32 @@ struct ExchangeStats {  // payload rows and bytes this rank stored (its node) or
   std::atomic<uint64_t> rows_local{0}, bytes_local{0}, rows_link{0}, bytes_link{0}, writes_link{0};
 };
 
-// What kernels need to be this rank of an exchange of pairs: addresses in this process.
+// What kernels need to be this rank: addresses in this process.
+//
+//   out [D]                windows a dispatch writes, by lane (of pairs: by rank; null: absent)
+//   in [R]                 windows it reads, by source
+//   links [links, 4]       as kernels/dispatch.cuh: Link
+//   commits, releases      [local] words there, set by this rank
+// and between nodes with hops="node", for n in the other nodes, g in the ranks of this one:
+//   results [R]            windows a combine writes, by source of the tokens; pairs have `out`
+//   result_commits [R]     in the order of KernelView::results
+//   link_in [n]            windows that rail peers write
+//   passed [n, g]          where their rows are passed on to; passed_commits likewise
+//   gathered [n, g]        windows with results for the rail peers
+//   sends [n]              where their sums go
+//   sums [J]               windows a combine reads, by term; pairs have `in`
 struct KernelView {
-  struct Bank {
-    std::vector<std::byte*> out,
-        in;  // [R] windows: written for a rank, written by it; null: absent
-    std::vector<Counter*> commits, releases;     // [local] words there, set by this rank
-    std::vector<std::array<uint64_t, 4>> links;  // [links] as kernels/dispatch.cuh: Link
+  struct Table {
+    std::string name;
+    bool addresses;  // or plain numbers
+    std::array<std::vector<uint64_t>, kNumBanks> words;
   };
-  std::array<Bank, kNumBanks> banks;
-  std::vector<uint32_t> links, local;          // ranks on other nodes; of mine, and this one
+  std::vector<Table> tables;
+  std::vector<uint32_t> links, local;          // lanes: by network, and of this node
+  std::vector<uint32_t> results;               // ranks, or none
   std::vector<std::span<std::byte>> segments;  // that all those addresses are in
-  std::array<uint32_t, 3> credits{}, rows{};   // waits to write, to read, by ExchangeKind
+  // Waits by ExchangeKind: to write, to read, to pass on.
+  std::array<uint32_t, 3> credits{}, rows{}, forward{};
 };
 
 class Exchange {
@@ -182,6 +196,8 @@ class Exchange {
   // --- instead of calls: kernels are this rank
   Result<KernelView> open_view();  // once, after start()
   Header header_like(const Call& call) const { return make_header(call, 0); }
+  // What a forwarder says of a header of `writer` that is not what anybody wrote.
+  Header damaged_like(const Call& call, uint32_t writer) const;
   // What is wrong with a header that a kernel did not take.
   Status judge(const Call& call, const Header& header, uint64_t epoch, uint32_t source);
   void blame(uint32_t rank);
@@ -240,6 +256,8 @@ class Exchange {
   Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint64_t first_epoch);
   Status init();
   Status drain(double seconds);
+  void say_failed();
+  void fail_here(const Status& status, uint64_t blamed);  // on the proxy's thread
 
   // places
   // Of my node, and there. An absent rank sends nothing, gets nothing and is not waited for.

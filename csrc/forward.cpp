@@ -151,10 +151,15 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
       if (header.status == kHeaderOk) {
         if (!status.ok()) {
           header = verdict(call, epoch, writer, status);
-        } else if (from.status != kHeaderOk || from.kind != kCombine ||
-                   std::memcmp(&from.agreed, &header.agreed, sizeof(Agreed)) != 0) {
-          if (call.error.ok())
-            header = from;  // its text, or what it disagrees in, travels on as it is
+        } else if (from.status != kHeaderOk) {
+          header = from;  // its text travels on as it is
+        } else if (from.kind != kCombine ||
+                   std::memcmp(&from.agreed, &call.agreed, sizeof(Agreed)) != 0) {
+          header = from;
+          header.status = kHeaderDisagrees;
+          const Disagreed mine{shape_.rank, kCombine, call.agreed};
+          std::memset(header.text, 0, sizeof header.text);
+          std::memcpy(header.text, &mine, sizeof mine);
         }
       }
       header.rounds = rounds;

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -43,6 +44,8 @@ struct WaitSource {
   Counter* beat{};                // [heartbeat word] of its rank, its blame behind; null: none
   const ProcessWatch* process{};  // of a rank of this host; null: not known
   uint32_t rank = ~0u;            // to be blamed; ~0: nobody
+  double extra_s = 0;             // it is waited for so much longer
+  std::string lacks{};            // as Wait::lacks, of this one
 };
 struct Wait {
   std::string what;  // "dispatch"
@@ -50,6 +53,8 @@ struct Wait {
   std::vector<WaitSource> sources;
   std::vector<uint32_t> channels;  // whose writes of the epoch's bank must have ended, too
   std::string lacks{};             // "header": what is not seen of a source
+  // Told, in a turn, why one failed, and MappedRing::blamed.
+  std::function<void(const Status&, uint64_t)> failed{};
 };
 
 struct RingStats {

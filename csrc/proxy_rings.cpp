@@ -138,6 +138,7 @@ Status Proxy::begin(MappedRing& ring, const Command& command, Clock::time_point 
 bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
   bool progress = false;
   Status failure;
+  const Wait* failed = nullptr;
   for (size_t i = 0; i < ring.armed_.size();) {
     MappedRing::Armed& armed = ring.armed_[i];
     Status why;
@@ -150,6 +151,7 @@ bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
     if (!why.ok() && failure.ok()) {
       failure = std::move(why);
       ring.blamed_ = armed.blamed;
+      failed = channels_[armed.arm.channel].wait.get();
     }
     ring.armed_[i] = ring.armed_.back();
     ring.armed_.pop_back();
@@ -159,7 +161,12 @@ bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
     ring.end(word_idx, *status);  // H5
     progress = true;
   }
-  if (!failure.ok()) ring.fail(std::move(failure));
+  if (failure.ok()) return progress;
+  if (failed != nullptr && failed->failed) {
+    failed->failed(failure, ring.blamed_);
+    write_beats();
+  }
+  ring.fail(std::move(failure));
   return progress;
 }
 
@@ -181,6 +188,7 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOpt
     armed.beat = ~0ull;
   }
   std::string missing;
+  Clock::duration extra{};
   if (armed.next == wait.sources.size()) {
     const auto busy = [&](uint32_t c) {
       return channels_[c].open && channels_[c].unsent[bank] > 0;
@@ -193,13 +201,15 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOpt
   } else {
     const WaitSource& source = wait.sources[armed.next];
     armed.blamed = source.rank + 1u;  // ~0: nobody
+    extra =
+        std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(source.extra_s));
     const std::string lost = why_lost(source, armed, options, now);
     if (!lost.empty()) {
       if (complete(source)) return std::nullopt;  // it came while we looked
       why = {Code::kPeerLost, describe(wait, armed, now, source.who) + ": " + lost};
       return kWaitLost;
     }
-    if (now < armed.deadline) return std::nullopt;
+    if (now < armed.deadline + extra) return std::nullopt;
     missing = source.who;
   }
   why = {Code::kPeerTimeout, describe(wait, armed, now, missing)};
@@ -235,7 +245,7 @@ std::string Proxy::why_lost(const WaitSource& source, MappedRing::Armed& armed,
     armed.watched_at = now;
     if (source.process->ended()) return "its process ended";
   }
-  return silent_s > options.silent_s ? "its heartbeat stopped" : "";
+  return silent_s > options.silent_s + source.extra_s ? "its heartbeat stopped" : "";
 }
 
 std::string Proxy::describe(const Wait& wait, const MappedRing::Armed& armed, Clock::time_point now,
@@ -247,8 +257,9 @@ std::string Proxy::describe(const Wait& wait, const MappedRing::Armed& armed, Cl
         word_at(*source.words[armed.arm.epoch % kNumBanks]).load(std::memory_order_acquire);
     complete += reached(word, armed.arm.epoch);
   }
-  const std::string lacks =
-      of_source && !wait.lacks.empty() ? wait.lacks + " not seen" : "not complete";
+  std::string lacks = of_source ? wait.sources[armed.next].lacks : "";
+  if (of_source && lacks.empty()) lacks = wait.lacks;
+  lacks = lacks.empty() ? "not complete" : lacks + " not seen";
   char text[80];
   std::snprintf(text, sizeof text, " waited %.1f s for ",
                 std::chrono::duration<double>(now - armed.start).count());

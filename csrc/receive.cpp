@@ -69,16 +69,30 @@ void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, ui
     return;
   }
   const std::string who = "rank " + std::to_string(header.origin);
+  const auto mismatch = [&](uint32_t rank, uint32_t kind, const Agreed& agreed) -> Status {
+    const std::string name = phase + "rank " + std::to_string(rank);
+    if (kind != call.kind) {
+      return {Code::kMismatch, name + " called " + (kind == kDispatch ? "dispatch" : "combine") +
+                                   " where this rank called " +
+                                   (call.kind == kDispatch ? "dispatch" : "combine")};
+    }
+    const std::string what = call.error.ok() ? difference(agreed, call.agreed) : "";
+    return what.empty() ? Status() : Status(Code::kMismatch, name + " disagrees in " + what);
+  };
   if (header.epoch != epoch || header.version != kAbiVersion) {
     blame(source);
     call.failure = {Code::kTransport, phase + "window of rank " + std::to_string(source) +
                                           ": expected epoch " + std::to_string(epoch) + ", found " +
                                           std::to_string(header.epoch)};
   } else if (header.kind != call.kind) {
-    call.failure = {Code::kMismatch, phase + who + " called " +
-                                         (header.kind == kDispatch ? "dispatch" : "combine") +
-                                         " where this rank called " +
-                                         (call.kind == kDispatch ? "dispatch" : "combine")};
+    call.failure = mismatch(header.origin, header.kind, header.agreed);
+  } else if (header.status == kHeaderDisagrees) {
+    Disagreed other;
+    std::memcpy(&other, header.text, sizeof other);
+    call.failure = mismatch(header.origin, header.kind, header.agreed);
+    if (call.failure.ok()) call.failure = mismatch(other.rank, other.kind, other.agreed);
+    if (call.failure.ok() && call.error.ok())
+      call.failure = {Code::kMismatch, phase + who + " and its forwarder disagree"};
   } else if (header.status == kHeaderError) {
     call.failure = {Code::kPeerError, phase + who + " raised: " + header.text};
   } else if (header.status == kHeaderMissing) {
@@ -93,10 +107,8 @@ void Exchange::check_header(Call& call, const Header& header, uint64_t epoch, ui
     blame(header.origin);
     call.failure = {Code::kTransport, phase + name_of(header.origin) +
                                           " sent something else; a forwarder says: " + header.text};
-  } else if (call.error.ok()) {
-    if (const std::string what = difference(header.agreed, call.agreed); !what.empty()) {
-      call.failure = {Code::kMismatch, phase + who + " disagrees in " + what};
-    }
+  } else {
+    call.failure = mismatch(header.origin, header.kind, header.agreed);
   }
 }
 

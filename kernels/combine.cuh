@@ -41,10 +41,11 @@ struct Arguments {
   uint64_t num_releases;     // the banks are free
   const dispatch::Link* release_links;
   uint64_t num_release_links;
-  // fp32 columns beside each row: added in the order of the terms, and never rounded.
-  const float* columns;  // [n, num_columns] these are stored at `columns_at` of each row; or null
+  // fp32 columns beside each row: added like the terms, and never rounded.
+  const float* columns;  // [n, num_columns] these are stored at `columns_at` of each row; null: the
+                         // sums of those at `columns_at` of the terms are
   uint64_t num_columns, columns_at;
-  float* out_columns;  // [n, num_columns] sums of those at `columns_at` of the terms; or null
+  float* out_columns;  // [n, num_columns] the sums go here instead; or null
   Group whole;         // if `groups` is null: the only one, of no link
   uint64_t fused;      // not 0: products are added with one rounding
 };
@@ -143,6 +144,11 @@ struct Sum {
     ++count;
   }
   template <class Block>
+  MOE_COMM_DEVICE void add_one(const Block& block, float value) {  // an item alone
+    total[0] = count > 0 ? block.add(total[0], value) : value;
+    ++count;
+  }
+  template <class Block>
   MOE_COMM_DEVICE Items rounded(const Block& block) const {
     if (count == 1 && plain) return only;
     Items out;
@@ -184,17 +190,23 @@ MOE_COMM_DEVICE inline void write_columns(const Block& block, const Arguments& a
   const int64_t* offsets = a.offsets + row * a.num_terms;
   for (uint64_t k = block.thread(); k < a.num_columns; k += block.num_threads()) {
     const uint64_t at = row * a.num_columns + k;
-    if (a.columns != nullptr) reinterpret_cast<float*>(out + a.columns_at)[k] = a.columns[at];
-    if (a.out_columns == nullptr) continue;
-    float sum = 0;
-    bool any = false;
-    for (uint64_t j = 0; j < a.num_terms; ++j) {
-      if (offsets[j] < 0) continue;
-      const float term = reinterpret_cast<const float*>(a.memory + offsets[j] + a.columns_at)[k];
-      sum = any ? block.add(sum, term) : term;
-      any = true;
+    float* to = a.out_columns != nullptr ? a.out_columns + at
+                                         : reinterpret_cast<float*>(out + a.columns_at) + k;
+    if (a.columns != nullptr) {
+      *to = a.columns[at];
+      continue;
     }
-    a.out_columns[at] = sum;
+    Sum<Itself<float>> sum;
+    const auto add = [&](Sum<Itself<float>>& to, uint64_t j) {
+      if (offsets[j] < 0) return;
+      to.add_one(block, reinterpret_cast<const float*>(a.memory + offsets[j] + a.columns_at)[k]);
+    };
+    for (uint64_t j = 0; j < a.inner_first; ++j) add(sum, j);
+    Sum<Itself<float>> inner;
+    for (uint64_t j = a.inner_first; j < a.inner_last; ++j) add(inner, j);
+    if (inner.count > 0) sum.add_one(block, inner.total[0]);
+    for (uint64_t j = a.inner_last; j < a.num_terms; ++j) add(sum, j);
+    *to = sum.total[0];
   }
 }
 

@@ -37,9 +37,9 @@ struct Arguments {
   uint64_t num_lanes;        // D
   uint64_t first_token, last_token;
   uint64_t scales_at, token_at, ids_at, weights_at, row_bytes;
-  uint8_t* const* windows;  // [D] of each lane: header, counts, rows
-  uint64_t head_bytes;      // what lies in front of the rows
-  const uint32_t* lanes;    // links first, then the ranks of the node
+  uint8_t* const* windows;               // [D] of each lane: header, counts, rows
+  uint64_t head_bytes, link_head_bytes;  // what lies in front of the rows: of the node, of links
+  const uint32_t* lanes;                 // links first, then the ranks of the node
   uint64_t num_links, num_local;
   const Link* links;        // [num_links]
   Counter* const* commits;  // [num_local] words of the peers: set to `epoch` (H1)
@@ -97,11 +97,12 @@ MOE_COMM_DEVICE inline void write_tail(const Block& block, const Arguments& a, u
 // One token to those of `lanes` in which it has a row: read once, in 16-byte accesses.
 template <class Block>
 MOE_COMM_DEVICE inline void pack_token(const Block& block, const Arguments& a, uint64_t token,
-                                       const uint32_t* lanes, uint64_t num_lanes) {
+                                       const uint32_t* lanes, uint64_t num_lanes,
+                                       uint64_t head_bytes) {
   const uint8_t* from = a.x + static_cast<int64_t>(token) * a.x_stride;
   const int32_t* rows = a.lane_rows + token * a.num_lanes;
   const auto row_in = [&](uint32_t lane) {
-    return a.windows[lane] + a.head_bytes +
+    return a.windows[lane] + head_bytes +
            static_cast<uint64_t>(rows[lane] - a.starts[lane]) * a.row_bytes;
   };
   for (uint64_t i = block.thread() * 16; i < a.payload_bytes; i += block.num_threads() * 16) {
@@ -165,10 +166,11 @@ MOE_COMM_DEVICE inline bool refused(const Arguments& a) {
 // This block's share of the tokens; `is_last` of all.
 template <class Block>
 MOE_COMM_DEVICE inline bool pack_tokens(Block& block, const Arguments& a, const uint32_t* lanes,
-                                        uint64_t num_lanes, uint64_t* arrived) {
+                                        uint64_t num_lanes, uint64_t head_bytes,
+                                        uint64_t* arrived) {
   for (uint64_t token = a.first_token + block.index(); token < a.last_token && !refused(a);
        token += block.num_blocks()) {
-    pack_token(block, a, token, lanes, num_lanes);
+    pack_token(block, a, token, lanes, num_lanes, head_bytes);
   }
   return is_last(block, arrived);
 }
@@ -176,15 +178,15 @@ MOE_COMM_DEVICE inline bool pack_tokens(Block& block, const Arguments& a, const 
 template <class Block>
 MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
   if (!came(block, a.waited)) return;
-  if (pack_tokens(block, a, a.lanes, a.num_links, a.arrived)) {
+  if (pack_tokens(block, a, a.lanes, a.num_links, a.link_head_bytes, a.arrived)) {
     for (uint64_t l = block.thread(); l < a.num_links; l += block.num_threads()) {
       const uint32_t lane = a.lanes[l];
       const int32_t rows = refused(a) ? 0 : a.starts[a.num_lanes + lane] - a.starts[lane];
       push_link(block, a.ring, a.links[l], *a.epoch,
-                a.head_bytes + static_cast<uint64_t>(rows) * a.row_bytes, a.status);
+                a.link_head_bytes + static_cast<uint64_t>(rows) * a.row_bytes, a.status);
     }
   }
-  if (pack_tokens(block, a, a.lanes + a.num_links, a.num_local, a.arrived + 1)) {
+  if (pack_tokens(block, a, a.lanes + a.num_links, a.num_local, a.head_bytes, a.arrived + 1)) {
     for (uint64_t l = block.thread(); l < a.num_local; l += block.num_threads()) {
       block.store_release(a.commits[l], *a.epoch);  // H1
     }
@@ -192,7 +194,7 @@ MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Arguments) == 33 * 8 + sizeof(DeviceRing) && sizeof(Link) == 32);
+static_assert(sizeof(Arguments) == 34 * 8 + sizeof(DeviceRing) && sizeof(Link) == 32);
 #endif
 
 }  // namespace moe_comm::dispatch

@@ -56,7 +56,7 @@ class Send(Struct):  # dispatch.cuh: Arguments
         *_words(
             "x x_stride payload_bytes scales scale_token_stride scale_stride scale_item num_scales topk_idx "
             "topk_weights topk lane_rows starts num_lanes first_token last_token scales_at token_at ids_at weights_at "
-            "row_bytes windows head_bytes lanes num_links num_local links commits epoch arrived status"
+            "row_bytes windows head_bytes link_head_bytes lanes num_links num_local links commits epoch arrived status"
         ),
         ("ring", DeviceRing),
         *_words("waited error"),
@@ -73,7 +73,9 @@ class Release(Struct):  # receive.cuh
 
 class Forward(Struct):  # receive.cuh
     _fields_ = [
-        *_words("rows num_rows row_bytes table node_ranks starts windows"),
+        *_words(
+            "sources num_links head_bytes num_rows row_bytes table table_rows node_ranks starts windows to_head_bytes"
+        ),
         ("release", Release),
     ]
 
@@ -124,14 +126,21 @@ class Write(Struct):  # headers.cuh
 
 class Check(Struct):  # headers.cuh
     _fields_ = _words(
-        "epoch like identity windows num_ranks capacity expected num_counts counts_bytes error told told_epoch rows "
-        "starts tokens copies waited"
+        "epoch like identity windows num_sources capacity expected num_counts counts_bytes error told told_epoch rows "
+        "starts tokens verdicts copies waited"
     )
 
 
 class Collect(Struct):  # headers.cuh
     _fields_ = _words(
-        "windows num_ranks head_bytes row_bytes rows starts part_at part_bytes out out_stride"
+        "windows num_sources head_bytes row_bytes rows starts part_at part_bytes out out_stride"
+    )
+
+
+class PassOn(Struct):  # relay.cuh: Arguments
+    _fields_ = _words(
+        "epoch waited sources verdicts damaged outs_per_source sources_per_out own identity tokens num_counts "
+        "counts_bytes rows staged windows num_outs groups row_bytes table_rows"
     )
 
 
@@ -143,6 +152,7 @@ KERNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "moe_comm_write_headers": ("headers", (Write,)),
     "moe_comm_check_headers": ("headers", (Check,)),
     "moe_comm_collect": ("headers", (Collect,)),
+    "moe_comm_pass_on": ("headers", (PassOn,)),
     "moe_comm_dispatch_send": ("dispatch", (Send,)),
     "moe_comm_dispatch_forward": ("dispatch", (Forward,)),
     "moe_comm_dispatch_unpack": ("dispatch", (Unpack,)),
@@ -411,11 +421,11 @@ def forward_cuda(
         return
     device, words = link_rows.device, scratch(link_rows.device)
     column = rows[:, local].contiguous()  # a fused call takes all of them
+    windows = table((window.data_ptr(), link_rows.data_ptr()), torch.int64, device)
     arguments = Forward(
-        rows=link_rows.data_ptr(), num_rows=table((len(link_rows),), torch.int32, device).data_ptr(),
-        row_bytes=row_bytes, table=column.data_ptr(), node_ranks=1,
-        starts=starts[local:].data_ptr(), windows=table((window.data_ptr(),), torch.int64, device).data_ptr(),
-        release=_nobody(words),
+        num_links=1, num_rows=table((len(link_rows),), torch.int32, device).data_ptr(), row_bytes=row_bytes,
+        table=column.data_ptr(), table_rows=len(column), node_ranks=1, starts=starts[local:].data_ptr(),
+        windows=windows.data_ptr(), release=_nobody(words), sources=windows[1:].data_ptr(),
     )  # fmt: skip
     threads = threads_for("dispatch", row_bytes)
     launch("moe_comm_dispatch_forward", arguments, device=device, num_threads=threads)

@@ -1,5 +1,5 @@
-// The kernels of headers.cuh.
-#include "headers.cuh"
+// The kernels of headers.cuh and relay.cuh.
+#include "relay.cuh"
 
 using namespace moe_comm;
 
@@ -14,3 +14,9 @@ MOE_COMM_KERNEL(moe_comm_begin, Begin, begin)
 MOE_COMM_KERNEL(moe_comm_write_headers, Write, write)
 MOE_COMM_KERNEL(moe_comm_check_headers, Check, check)
 MOE_COMM_KERNEL(moe_comm_collect, Collect, collect)
+
+extern "C" __global__ void __launch_bounds__(128)
+    moe_comm_pass_on(const __grid_constant__ relay::Arguments arguments) {
+  dispatch::Cta cta;
+  relay::pass_on(cta, arguments);
+}

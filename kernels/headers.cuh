@@ -9,7 +9,8 @@
 // and all it says are this call's; else no row of that exchange is touched, and the host says what
 // was wrong from the copy in Told (csrc/receive.cpp: check_header).
 //
-// Pairs only: a lane is a rank. Written over a `Block` like dispatch.cuh.
+// A source is whoever wrote a window that is read: a rank, or its forwarder (relay.cuh); a lane is
+// a window that is written. Written over a `Block` like dispatch.cuh.
 #pragma once
 
 #include "combine.cuh"
@@ -37,16 +38,17 @@ struct Write {
   const int32_t* error;     // [3] what is wrong with topk_idx: ERROR_…, token, entry; or null
   const int64_t* topk_idx;  // [T, K]
   uint64_t topk;
-  Header* staged;           // [num_ranks] device memory
-  uint8_t* const* windows;  // [num_ranks]
-  const uint32_t* lanes;    // [num_lanes] ranks that are there: links first, then those of the node
+  // What follows is by lane.
+  Header* staged;  // device memory
+  uint8_t* const* windows;
+  const uint32_t* lanes;  // [num_lanes] those that are written: links first, then those of the node
   uint64_t num_lanes;
-  const uint32_t* rows;    // [num_ranks]
-  const uint32_t* counts;  // [num_ranks, num_counts] copies for each expert of the reader, or null
+  const uint32_t* rows;
+  const uint32_t* counts;  // [lanes, num_counts] copies for each expert of the readers, or null
   uint64_t num_counts, counts_bytes;
   const uint64_t* identity;  // of the dispatch that this belongs to, or null
   combine::Group* groups;    // [num_lanes] where the rows of a combine go, or null
-  const uint32_t* starts;    // [num_ranks] the first of those
+  const uint32_t* starts;    // by lane: the first of those
   uint64_t row_bytes;
   uint64_t tokens;      // T here
   uint64_t max_tokens;  // of any rank, or 0
@@ -65,31 +67,36 @@ struct Told {
   Header header;  // of that source
 };
 
+// What a header is: this call's; this call's, but its forwarder could not read the rows; another
+// one; what nobody wrote.
+enum Verdict : uint32_t { kGood = 0, kEmpty = 1, kBad = 2, kDamaged = 3 };
+
 struct Check {
   const uint64_t* epoch;
   const Header* like;             // what all must say
   const uint64_t* identity;       // likewise, or null
-  const uint8_t* const* windows;  // [num_ranks]; null: an absent one's
-  uint64_t num_ranks;
+  const uint8_t* const* windows;  // [num_sources]; null: an absent one's
+  uint64_t num_sources;
   uint64_t capacity;                  // rows of a window, at most
-  const uint32_t* expected;           // [num_ranks] rows of a cached dispatch, or null
+  const uint32_t* expected;           // [num_sources] rows of a cached dispatch, or null
   uint64_t num_counts, counts_bytes;  // of a fresh dispatch; else 0
   const int32_t* error;               // [3] of the route here, or null
   Told* told;                         // the same whenever a call is repeated
   uint64_t* told_epoch;
-  uint32_t* rows;    // [num_ranks]; 0 where none may be touched
-  uint32_t* starts;  // [num_ranks] rows of lower sources
-  uint32_t* tokens;  // [num_ranks] T of each
-  uint32_t* copies;  // [num_ranks, num_counts] for each expert here
+  uint32_t* rows;      // [num_sources]; 0 where none may be touched
+  uint32_t* starts;    // [num_sources] rows of lower sources
+  uint32_t* tokens;    // [num_sources] T of each
+  uint32_t* verdicts;  // [num_sources]
+  uint32_t* copies;    // [num_sources, num_counts] for each expert here
   const uint64_t* waited;
 };
 
 // The last bytes of each row, dense and in order: [sum of rows, out_stride].
 struct Collect {
-  const uint8_t* const* windows;  // [num_ranks]
-  uint64_t num_ranks, head_bytes, row_bytes;
+  const uint8_t* const* windows;  // [num_sources]
+  uint64_t num_sources, head_bytes, row_bytes;
   const uint32_t* rows;
-  const uint32_t* starts;
+  const uint32_t* starts;        // where those of a source begin
   uint64_t part_at, part_bytes;  // of a row; multiples of 4
   uint8_t* out;
   uint64_t out_stride;
@@ -215,25 +222,27 @@ MOE_COMM_DEVICE inline void write(Block& block, const Write& a) {
 
 // Whether all that a header says is what this call expects, but for T and max_tokens.
 template <class Block>
-MOE_COMM_DEVICE inline bool expected(const Block&, const Check& a, uint64_t source) {
+MOE_COMM_DEVICE inline Verdict verdict(const Block&, const Check& a, uint64_t source) {
   const uint8_t* window = a.windows[source];
   const Header& theirs = *reinterpret_cast<const Header*>(window);
   const Header& mine = *a.like;
-  if (theirs.check != header_digest(reinterpret_cast<const uint64_t*>(window))) return false;
+  if (theirs.check != header_digest(reinterpret_cast<const uint64_t*>(window))) return kDamaged;
   if (theirs.epoch != *a.epoch || theirs.version != kAbiVersion || theirs.kind != mine.kind)
-    return false;
-  if (theirs.status != kHeaderOk || theirs.rounds != 1 || theirs.rows > a.capacity) return false;
-  if (a.expected != nullptr && theirs.rows != a.expected[source]) return false;
+    return kBad;
+  if (theirs.status != kHeaderOk || theirs.rounds != 1 || theirs.rows > a.capacity) return kBad;
   const Agreed &t = theirs.agreed, &m = mine.agreed;
   if (t.num_experts != m.num_experts || t.payload_bytes != m.payload_bytes || t.topk != m.topk ||
       t.scale_bytes != m.scale_bytes || t.dtype != m.dtype || t.row_bytes != m.row_bytes ||
       t.flags != m.flags || t.identity != (a.identity != nullptr ? *a.identity : m.identity)) {
-    return false;
+    return kBad;
   }
-  if (a.num_counts == 0) return true;
+  if (a.expected != nullptr && theirs.rows != a.expected[source])
+    return theirs.rows == 0 ? kEmpty : kBad;
+  if (a.num_counts == 0) return kGood;
+  if (theirs.counts == 0) return kEmpty;
   const auto* counts = reinterpret_cast<const uint32_t*>(window + kHeaderBytes);
-  return theirs.total_rows == theirs.rows &&
-         theirs.counts == digest_of_counts(counts, a.num_counts, a.counts_bytes);
+  if (theirs.counts != digest_of_counts(counts, a.num_counts, a.counts_bytes)) return kDamaged;
+  return theirs.total_rows == theirs.rows ? kGood : kBad;
 }
 
 // One block.
@@ -241,17 +250,16 @@ template <class Block>
 MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
   uint64_t status = kWaitOk;
   if (a.waited != nullptr) status = block.load_acquire(a.waited);  // H6
-  constexpr uint32_t kBad = ~0u;
-  for (uint64_t s = block.thread(); s < a.num_ranks; s += block.num_threads()) {
+  for (uint64_t s = block.thread(); s < a.num_sources; s += block.num_threads()) {
     const bool there = status == kWaitOk && a.windows[s] != nullptr;
-    const bool good = !there || expected(block, a, s);
+    a.verdicts[s] = there ? verdict(block, a, s) : kGood;
+    const bool good = there && a.verdicts[s] == kGood;
     const auto* header = reinterpret_cast<const Header*>(a.windows[s]);
-    a.rows[s] = !good ? kBad : there ? header->rows : 0;
-    a.tokens[s] = good && there ? header->tokens : 0;
+    a.rows[s] = good ? header->rows : 0;
+    a.tokens[s] = good ? header->tokens : 0;
     for (uint64_t i = 0; i < a.num_counts; ++i) {
-      const bool counted = good && there;
       a.copies[s * a.num_counts + i] =
-          counted ? reinterpret_cast<const uint32_t*>(a.windows[s] + kHeaderBytes)[i] : 0;
+          good ? reinterpret_cast<const uint32_t*>(a.windows[s] + kHeaderBytes)[i] : 0;
     }
   }
   block.any(false);
@@ -265,9 +273,10 @@ MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
   told.most = told.most_rank = told.allowed_rank = 0;
   told.allowed = ~0ull;
   uint64_t identity = 0, total = 0;
-  for (uint64_t s = 0; s < a.num_ranks; ++s) {
-    if (a.rows[s] == kBad) {
-      if (told.bad == 0) told.bad = s + 1;
+  for (uint64_t s = 0; s < a.num_sources; ++s) {
+    if (a.verdicts[s] != kGood) {  // one that is only empty is so because of another
+      if (told.bad == 0 || (a.verdicts[told.bad - 1] == kEmpty && a.verdicts[s] != kEmpty))
+        told.bad = s + 1;
       continue;
     }
     if (status != kWaitOk || a.windows[s] == nullptr) continue;
@@ -284,7 +293,7 @@ MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
     }
   }
   const bool good = told.bad == 0 && told.most <= told.allowed;
-  for (uint64_t s = 0; s < a.num_ranks; ++s) {
+  for (uint64_t s = 0; s < a.num_sources; ++s) {
     if (!good) a.rows[s] = 0;
     a.starts[s] = static_cast<uint32_t>(total);
     total += a.rows[s];
@@ -296,7 +305,7 @@ MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
 
 template <class Block>
 MOE_COMM_DEVICE inline void collect(Block& block, const Collect& a) {
-  for (uint64_t s = 0; s < a.num_ranks; ++s) {
+  for (uint64_t s = 0; s < a.num_sources; ++s) {
     for (uint64_t row = block.index(); row < a.rows[s]; row += block.num_blocks()) {
       const auto* from = reinterpret_cast<const uint32_t*>(a.windows[s] + a.head_bytes +
                                                            row * a.row_bytes + a.part_at);
@@ -309,7 +318,7 @@ MOE_COMM_DEVICE inline void collect(Block& block, const Collect& a) {
 
 #ifndef __CUDACC_RTC__
 static_assert(sizeof(Begin) == 8 * 8 + sizeof(DeviceRing) && sizeof(Write) == 20 * 8);
-static_assert(sizeof(Told) == 11 * 8 + kHeaderBytes && sizeof(Check) == 17 * 8 &&
+static_assert(sizeof(Told) == 11 * 8 + kHeaderBytes && sizeof(Check) == 18 * 8 &&
               sizeof(Collect) == 10 * 8);
 #endif
 

@@ -28,14 +28,17 @@ struct Release {
 
 // Strides and offsets in bytes.
 struct Forward {
-  const uint8_t* rows;       // of the link window; whole rows are passed on
-  const uint32_t* num_rows;  // in device memory or in the window's header
+  const uint8_t* const* sources;  // [num_links] windows; whole rows are passed on
+  uint64_t num_links, head_bytes;
+  const uint32_t* num_rows;  // [num_links]
   uint64_t row_bytes;        // a multiple of 16
-  const int32_t* table;      // [n, G] the row's number for each local rank, or -1
-  uint64_t node_ranks;       // G
-  const int32_t* starts;     // [G] numbers at which the windows begin
-  uint8_t* const* windows;   // [G]
-  Release release;           // here: the windows are filled
+  const int32_t* table;  // [num_links, table_rows, G] the row's number for each local rank, or -1
+  uint64_t table_rows;
+  uint64_t node_ranks;      // G
+  const int32_t* starts;    // [num_links, G] numbers at which the windows begin; null: 0
+  uint8_t* const* windows;  // [num_links, G]
+  uint64_t to_head_bytes;   // what lies in front of the rows there
+  Release release;          // here: the windows are filled
 };
 
 struct Unpack {
@@ -61,14 +64,20 @@ MOE_COMM_DEVICE inline void tell(Block& block, const Release& a) {
 template <class Block>
 MOE_COMM_DEVICE inline void forward(Block& block, const Forward& a) {
   if (!dispatch::came(block, a.release.waited)) return;
-  for (uint64_t row = block.index(); row < *a.num_rows; row += block.num_blocks()) {
-    const int32_t* to = a.table + row * a.node_ranks;
-    for (uint64_t at = block.thread() * 16; at < a.row_bytes; at += block.num_threads() * 16) {
-      const Words words = *reinterpret_cast<const Words*>(a.rows + row * a.row_bytes + at);
-      for (uint64_t g = 0; g < a.node_ranks; ++g) {
-        if (to[g] < 0) continue;
-        const uint64_t place = static_cast<uint64_t>(to[g] - a.starts[g]) * a.row_bytes;
-        *reinterpret_cast<Words*>(a.windows[g] + place + at) = words;
+  for (uint64_t l = 0; l < a.num_links; ++l) {
+    const uint8_t* rows = a.sources[l] + a.head_bytes;
+    uint8_t* const* windows = a.windows + l * a.node_ranks;
+    const int32_t* starts = a.starts == nullptr ? nullptr : a.starts + l * a.node_ranks;
+    for (uint64_t row = block.index(); row < a.num_rows[l]; row += block.num_blocks()) {
+      const int32_t* to = a.table + (l * a.table_rows + row) * a.node_ranks;
+      for (uint64_t at = block.thread() * 16; at < a.row_bytes; at += block.num_threads() * 16) {
+        const Words words = *reinterpret_cast<const Words*>(rows + row * a.row_bytes + at);
+        for (uint64_t g = 0; g < a.node_ranks; ++g) {
+          if (to[g] < 0) continue;
+          const auto number = static_cast<uint64_t>(to[g] - (starts == nullptr ? 0 : starts[g]));
+          const uint64_t place = a.to_head_bytes + number * a.row_bytes;
+          *reinterpret_cast<Words*>(windows[g] + place + at) = words;
+        }
       }
     }
   }
@@ -114,7 +123,7 @@ MOE_COMM_DEVICE inline void unpack(Block& block, const Unpack& a) {
 
 #ifndef __CUDACC_RTC__
 static_assert(sizeof(Release) == 8 * 8 + sizeof(DeviceRing));
-static_assert(sizeof(Forward) == 7 * 8 + sizeof(Release) &&
+static_assert(sizeof(Forward) == 11 * 8 + sizeof(Release) &&
               sizeof(Unpack) == 13 * 8 + sizeof(Release));
 #endif
 

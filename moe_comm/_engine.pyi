@@ -391,6 +391,9 @@ class Exchange:
     def header_like(self, format: CallFormat, text: str) -> bytes:
         """A header of this format, but for what each call says; of an error with this text, unless empty."""
 
+    def damaged_like(self, format: CallFormat, writer: int) -> bytes:
+        """What a forwarder says where the header of `writer` is not what anybody wrote, but for the epoch."""
+
     def judge(
         self, format: CallFormat, header: bytes, epoch: int, source: int, identity: int
     ) -> None:

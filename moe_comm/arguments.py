@@ -100,6 +100,12 @@ def check_handle(buffer: "Buffer", handle: Any) -> None:
         )
     if not (handle.rank == buffer.rank):
         raise wrong("handle", f"one of rank {buffer.rank}", Found(f"one of rank {handle.rank}"))
+    if (handle.told.numel() > 0) != (buffer.kernels is not None):
+        raise wrong(
+            "handle",
+            "one of a Buffer with the same device",
+            Found("one of another: what their handles hold differs"),
+        )
     if not (handle.hops == buffer.hops):
         raise wrong(
             "handle", f"hops={buffer.hops!r}, as this Buffer", Found(f"hops={handle.hops!r}")

@@ -123,7 +123,7 @@ def _(
     owned = max(0, min(slots, num_experts - made.rank * slots))
     rows = context.new_dynamic_size()
     int32, nodes = torch.int32, made.topology.num_nodes
-    told = 0 if made.kernels is None else made.kernels.told_words(slots)
+    told = 0 if made.kernels is None else made.kernels.handle_words(slots)
     shape: tuple[Any, ...]
     idx_shape: tuple[Any, ...]
     if layout == "rank":
@@ -137,7 +137,10 @@ def _(
     weights_shape: tuple[Any, ...] = (0,)
     if topk_weights is not None:
         weights_shape = (rows, topk) if layout == "rank" else shape
-    passed = context.new_dynamic_size() if nodes > 1 and made.hops == "node" else 0
+    by_node = nodes > 1 and made.hops == "node"
+    passed = passed_on = context.new_dynamic_size() if by_node and made.kernels is None else 0
+    if by_node and made.kernels is not None:
+        passed_on = (nodes - 1) * (made.max_tokens or 0)
     meta = Handle.num_numbers(len(shape), num_ranks, nodes)
 
     def table(*shape: Any, dtype: torch.dtype = int32) -> Tensor:
@@ -149,7 +152,7 @@ def _(
         table(rows),
         table(0 if layout == "rank" else rows, topk),
         table(passed),
-        table(passed, made.topology.node_ranks),
+        table(passed_on, made.topology.node_ranks),
         table(owned, dtype=torch.int64),
         table(told, dtype=torch.int64),
         x.new_empty(()),

@@ -69,8 +69,8 @@ class Buffer:
             its experts are dropped, what it owed is left out of sums. Each rank masks for itself; a rank that others
             masked will not hear from them. Needs hops="rank" and max_tokens that fit one round.
         device: "cuda": calls take tensors of that GPU alone, and kernels read and write the windows
-            (kernel_exchange.py; needs max_tokens that fit one round, and hops="rank" or one node); nothing waits for
-            the host, but where exact sizes are asked for. None (or MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by
+            (kernel_exchange.py; needs max_tokens that fit one round, and no mask_lost); nothing waits for the host,
+            but where exact sizes are asked for. None (or MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by
             copies (staging.py).
         rejoin: this process takes a dead rank's place: waits until the others `recover(expect=[rank])`.
 

@@ -24,6 +24,7 @@ from .dispatch import DISPATCH, Dispatched, DispatchRequest, PendingDispatch, no
 from .errors import ArgumentError
 from .handle import Handle
 from .kernel_exchange import HEADER_BYTES, KernelExchange, Report, Round, Told
+from .kernel_forward import Passed
 from .kernels import fused
 from .kernels.route import ERROR_RANGE
 from .layout import RowFormat, counts_bytes
@@ -89,12 +90,22 @@ class KernelDispatch(ByKernels, PendingDispatch):
             cached=request.handle is not None,
         )  # fmt: skip
         self.format = found
-        self.num_counts = self.counts_bytes = 0
+        self.num_counts = self.counts_bytes = self.link_counts_bytes = 0
+        self.forward_rows = no_rows(self.buffer.topology.node_ranks, self.exchange.device)
+        self.identity = 0
+        if request.handle is not None:
+            self.identity = Told(request.handle.told, self.exchange.num_ranks).identity
         if request.handle is None:
             layout = self.buffer.layout
             self.num_counts = -(-self.num_experts // layout.num_ranks)
             self.counts_bytes = counts_bytes(
-                self.num_experts, layout.num_ranks, layout.node_ranks, by_node=layout.hops == "node"
+                self.num_experts, layout.num_ranks, layout.node_ranks, by_node=False
+            )
+            self.link_counts_bytes = counts_bytes(
+                self.num_experts,
+                layout.num_ranks,
+                layout.node_ranks,
+                by_node=self.exchange.forwarder is not None,
             )
         self.exchange.expect_room(self.num_counts)
         texts = () if request.handle is not None else route_texts(self.num_experts)
@@ -103,37 +114,42 @@ class KernelDispatch(ByKernels, PendingDispatch):
     # --- sending ---------------------------------------------------------------------------------
 
     def send(self) -> None:
-        exchange, handle = self.exchange, self.request.handle
+        exchange, request, handle = self.exchange, self.request, self.request.handle
         with exchange.on_stream():
             call = self.call
-            exchange.begin(call, DISPATCH, self.request.timeout_s)
+            exchange.begin(call, DISPATCH, request.timeout_s)
             if self.error is not None:
-                send_refusal(exchange, call, DISPATCH, self.text)
+                send_refusal(exchange, call, DISPATCH, self.text, request.timeout_s)
                 return
             x, scales, idx, weights, row = self.x, self.scales, self.idx, self.weights, self.row
             exchange.used_by_stream(x, scales, idx, weights)
-            counts, error = {}, 0
+            error, forwarder, lanes = 0, exchange.forwarder, exchange.lanes
+            says: dict[str, Any] = {"tokens": len(x), "max_tokens": request.max_tokens or 0}
             if handle is None:
                 assert idx is not None
                 self.routed = exchange.kernels.route(
                     idx, exchange.lane_of_rank, num_experts=self.num_experts, num_ranks=exchange.num_ranks,
-                    num_lanes=exchange.num_ranks, capacity=max(1, len(x)),
+                    num_lanes=exchange.num_lanes, capacity=max(1, len(x)),
                 )  # fmt: skip
-                self.lane_rows, starts = self.routed.lane_rows, self.routed.round_starts
-                rows, error = self.routed.rank_counts, self.routed.error.data_ptr()
-                counts = {
-                    "counts": self.routed.expert_counts.data_ptr(), "num_counts": self.num_counts,
-                    "counts_bytes": self.counts_bytes, "error": error, "topk_idx": idx.data_ptr(),
-                    "topk": self.topk, "max_tokens": self.request.max_tokens or 0,
+                routed, self.lane_rows = self.routed, self.routed.lane_rows
+                starts, error = routed.round_starts, routed.error.data_ptr()
+                says |= {
+                    "rows": starts[1].data_ptr(), "error": error, "topk_idx": idx.data_ptr(), "topk": self.topk
                 }  # fmt: skip
+                if forwarder is None:
+                    exchange.write_headers(
+                        call, self.like, lanes, counts=routed.expert_counts.data_ptr(), num_counts=self.num_counts,
+                        counts_bytes=self.counts_bytes, **says,
+                    )  # fmt: skip
+                else:
+                    forwarder.write_headers(call, self.like, routed, self.num_counts, **says)
             else:
-                self.lane_rows, starts = handle.lane_rows, sent_rows(exchange, handle)
-                rows = starts[exchange.num_ranks :]
-                counts = {"identity": Told(handle.told, exchange.num_ranks).identity}
-            exchange.write_headers(call, self.like, rows=rows.data_ptr(), tokens=len(x), **counts)
+                self.lane_rows, starts = handle.lane_rows, sent_rows(handle)
+                says |= {"rows": starts[1].data_ptr(), "identity": self.identity}
+                exchange.write_headers(call, self.like, lanes, **says)
             item = 0 if scales is None else scales.element_size()
             exchange.send_rows(
-                call, x=x.data_ptr(), x_stride=x.stride(0) * x.element_size(), payload_bytes=row.payload_bytes,
+                call, lanes, x=x.data_ptr(), x_stride=x.stride(0) * x.element_size(), payload_bytes=row.payload_bytes,
                 scales=0 if scales is None else scales.data_ptr(),
                 scale_token_stride=0 if scales is None else scales.stride(0) * item,
                 scale_stride=0 if scales is None else scales.stride(1) * item,
@@ -142,8 +158,18 @@ class KernelDispatch(ByKernels, PendingDispatch):
                 topk_weights=0 if weights is None else weights.data_ptr(), topk=self.topk,
                 lane_rows=self.lane_rows.data_ptr(), starts=starts.data_ptr(), last_token=len(x),
                 scales_at=row.scales_at, token_at=row.token_at, ids_at=row.ids_at, weights_at=row.weights_at,
-                row_bytes=row.row_bytes, head_bytes=HEADER_BYTES + self.counts_bytes, error=error,
+                row_bytes=row.row_bytes, link_head_bytes=HEADER_BYTES + self.link_counts_bytes,
+                head_bytes=HEADER_BYTES + self.counts_bytes, error=error,
             )  # fmt: skip
+            if forwarder is not None:
+                passed = Passed(
+                    self.format, self.like, row, self.identity, handle, request.timeout_s, self.num_experts,
+                    self.buffer.max_tokens or 0,
+                )  # fmt: skip
+                forwarder.begin(
+                    call, () if handle is None else (handle.told, handle.forward_rows),
+                    lambda: setattr(self, "forward_rows", forwarder.pass_rows(call, passed)),
+                )  # fmt: skip
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -158,11 +184,11 @@ class KernelDispatch(ByKernels, PendingDispatch):
             if request.handle is None:
                 expected["error"] = self.routed.error.data_ptr()
             else:
-                handle = Told(request.handle.told, exchange.num_ranks)
-                expected |= {"expected": handle.rows.data_ptr(), "identity": handle.identity}
+                rows = Told(request.handle.told, exchange.num_ranks).rows
+                expected |= {"expected": rows.data_ptr(), "identity": self.identity}
             self.told = exchange.check_headers(
-                self.call, self.like, self.num_counts, counts_bytes=self.counts_bytes, capacity=self.format.capacity,
-                **expected,
+                self.call, self.like, "in", exchange.num_ranks, self.num_counts, counts_bytes=self.counts_bytes,
+                capacity=self.format.capacity, **expected,
             )  # fmt: skip
             judge = functools.partial(
                 judge_dispatch, exchange, self.format, self.num_experts, self.idx
@@ -217,9 +243,11 @@ class KernelDispatch(ByKernels, PendingDispatch):
         next_places, _ = exchange.kernels.first_places(
             total[None], alignment=request.alignment, capacity=self.capacity or None
         )
-        meta = exchange.collect(
-            self.call, self.told, num_rows, head_bytes=HEADER_BYTES + self.counts_bytes, row_bytes=row.row_bytes,
-            part_at=row.token_at, part_bytes=4 + 4 * self.topk * (1 + (self.weights is not None)),
+        part_bytes = 4 + 4 * self.topk * (1 + (self.weights is not None))
+        meta = exchange.new_parts(num_rows, part_bytes)
+        exchange.collect(
+            self.call, "in", self.told, meta, head_bytes=HEADER_BYTES + self.counts_bytes, row_bytes=row.row_bytes,
+            part_at=row.token_at, part_bytes=part_bytes,
         )  # fmt: skip
         placed = exchange.kernels.places(
             meta, next_places[0], first_expert=first, topk=self.topk, token_at=0, ids_at=4,
@@ -288,8 +316,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
                 tokens_of=none if known is None else tuple(known.tokens.tolist()),
                 totals=none if known is None else tuple(known.rows.tolist()), forward_counts=(0,) * nodes,
                 lane_rows=self.lane_rows, recv_tokens=self.recv_tokens, positions=self.positions,
-                forward_tokens=no_rows(0, exchange.device),
-                forward_rows=no_rows(self.buffer.topology.node_ranks, exchange.device),
+                forward_tokens=no_rows(0, exchange.device), forward_rows=self.forward_rows,
                 tokens_per_expert=self.tokens_per_expert, told=self.told.words, generation=self.buffer.generation,
             )  # fmt: skip
         self.event = exchange.hand_out(
@@ -333,7 +360,7 @@ class KernelCombine(ByKernels, PendingCombine):
             call = self.call
             exchange.begin(call, COMBINE, request.timeout_s)
             if self.error is not None:
-                send_refusal(exchange, call, COMBINE, self.text)
+                send_refusal(exchange, call, COMBINE, self.text, request.timeout_s)
                 return
             y, weights, columns, row = self.y, self.weights, self.columns, self.row
             exchange.used_by_stream(y, weights, columns, self.bias, *self.lanes)
@@ -357,17 +384,26 @@ class KernelCombine(ByKernels, PendingCombine):
             if request.each_copy:
                 offsets, rows, starts = each_copy(offsets, rows, starts)
             exchange.write_headers(
-                call, self.like, rows=rows.data_ptr(), starts=starts.data_ptr(), row_bytes=row.row_bytes,
-                groups=exchange.groups_at(call), identity=told.identity, tokens=handle.num_tokens,
-                error=self.lane_error, topk=handle.topk,
+                call, self.like, exchange.results, rows=rows.data_ptr(), starts=starts.data_ptr(),
+                row_bytes=row.row_bytes, groups=exchange.at(call, "groups"), identity=told.identity,
+                tokens=handle.num_tokens, error=self.lane_error, topk=handle.topk,
                 topk_idx=0 if self.lanes[0] is None else self.lanes[0].data_ptr(),
             )  # fmt: skip
             exchange.send_sums(
-                y.dtype, call, memory=y.data_ptr(), offsets=offsets.data_ptr(), num_terms=offsets.shape[1],
-                weights=0 if weights is None else weights.data_ptr(), payload_bytes=row.payload_bytes,
-                row_bytes=row.row_bytes, columns=0 if columns is None else columns.data_ptr(),
+                y.dtype, call, exchange.results, memory=y.data_ptr(), offsets=offsets.data_ptr(),
+                num_terms=offsets.shape[1], weights=0 if weights is None else weights.data_ptr(),
+                payload_bytes=row.payload_bytes, row_bytes=row.row_bytes,
+                columns=0 if columns is None else columns.data_ptr(),
                 num_columns=0 if columns is None else handle.topk, columns_at=row.weights_at,
             )  # fmt: skip
+            if exchange.forwarder is not None:
+                passed = Passed(
+                    self.format, self.like, row, told.identity, handle, request.timeout_s
+                )
+                exchange.forwarder.begin(
+                    call, (handle.told, handle.forward_rows),
+                    functools.partial(exchange.forwarder.add_rows, call, passed, y.dtype, columns is not None),
+                )  # fmt: skip
 
     def receive_first(self) -> None:
         exchange, request = self.exchange, self.request
@@ -377,8 +413,8 @@ class KernelCombine(ByKernels, PendingCombine):
                 return
             identity = Told(request.handle.told, exchange.num_ranks).identity
             self.told = exchange.check_headers(
-                self.call, self.like, capacity=self.format.capacity * self.rows_per_token, identity=identity,
-                error=self.lane_error,
+                self.call, self.like, "sums", exchange.num_sums, identity=identity, error=self.lane_error,
+                capacity=self.format.capacity * self.rows_per_token,
             )  # fmt: skip
             judge = functools.partial(judge_combine, exchange, self.format)
             self.report = exchange.report(f"combine epoch {self.call.epochs[0]}", self.told, judge)
@@ -393,16 +429,23 @@ class KernelCombine(ByKernels, PendingCombine):
                 self._new_outputs()
             exchange.used_by_stream(self.summed)
             rows, bias, lanes = self.row, self.bias, self.lanes[0]
-            windows = exchange.windows_in(self.call) + HEADER_BYTES
-            inner = exchange.num_ranks if handle.hops == "node" else 0  # a node's sum is rounded
+            windows = exchange.table(self.call, "sums", exchange.num_sums) + HEADER_BYTES
+            inner = (
+                0,
+                exchange.num_ranks if handle.hops == "node" else 0,
+            )  # a node's sum is rounded
             weights = None
             if lanes is None:
-                starts = exchange.zeros[: exchange.num_ranks]
+                lane_rows = handle.lane_rows
+                if exchange.forwarder is not None:
+                    inner = exchange.forwarder.inner
+                    lane_rows = lane_rows.index_select(1, exchange.forwarder.sum_lanes)
+                starts = exchange.zeros[: exchange.num_sums]
                 offsets = exchange.kernels.row_offsets(
-                    handle.lane_rows, starts, windows, row_bytes=rows.row_bytes
+                    lane_rows, starts, windows, row_bytes=rows.row_bytes
                 )
             else:
-                inner, weights = 0, self.lanes[1]
+                inner, weights = (0, 0), self.lanes[1]
                 numbers = self.number
                 if self.request.each_copy:
                     numbers = torch.where(numbers < self.told.rows[self.owner], numbers, -1)
@@ -410,7 +453,8 @@ class KernelCombine(ByKernels, PendingCombine):
                 offsets = torch.where(numbers >= 0, offsets, -1)
             item = self.y.element_size()
             exchange.add_rows(
-                self.y.dtype, self.call, offsets=offsets.data_ptr(), num_terms=offsets.shape[1], inner_last=inner,
+                self.y.dtype, self.call, offsets=offsets.data_ptr(), num_terms=offsets.shape[1],
+                inner_first=inner[0], inner_last=inner[1],
                 weights=0 if weights is None else weights.data_ptr(), fused=1,
                 bias=0 if bias is None else bias.data_ptr(), bias_stride=0 if bias is None else bias.stride(0) * item,
                 payload_bytes=rows.payload_bytes, whole=fused.Group(
@@ -464,10 +508,10 @@ class KernelCombine(ByKernels, PendingCombine):
         return self.out if self.out_columns is None else (self.out, self.out_columns)
 
 
-def sent_rows(exchange: KernelExchange, handle: Handle) -> Tensor:
-    """int32 [2, R]: zeros, and how many rows this rank sends to each, as route says it of one round."""
+def sent_rows(handle: Handle) -> Tensor:
+    """int32 [2, D]: zeros, and how many rows this rank sends by each lane, as route says it of one round."""
     counts = (handle.lane_rows >= 0).sum(0, dtype=torch.int32)
-    return torch.stack([torch.zeros_like(counts), counts]).view(-1)
+    return torch.stack([torch.zeros_like(counts), counts])
 
 
 def each_copy(offsets: Tensor, rows: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -483,13 +527,24 @@ def each_copy(offsets: Tensor, rows: Tensor, starts: Tensor) -> tuple[Tensor, Te
     return dense[:-1, None], (behind - first).int(), first.int()
 
 
-def send_refusal(exchange: KernelExchange, call: Any, kind: int, text: str) -> None:
+NO_ROW = RowFormat.of_combine(16, 1, columns=False)
+
+
+def send_refusal(
+    exchange: KernelExchange, call: Round, kind: int, text: str, timeout_s: float | None
+) -> None:
     """Headers that say what is wrong here, and no rows."""
     found = _engine.CallFormat(kind, (0,) * 8, 0, 0, 0, 1, False, False)
     like = exchange.like(found, (text,))[HEADER_BYTES:]
+    lanes = exchange.lanes if kind == DISPATCH else exchange.results
     zeros = exchange.zeros.data_ptr()
-    exchange.write_headers(call, like, rows=zeros)
-    exchange.send_rows(call, starts=zeros, lane_rows=zeros, head_bytes=HEADER_BYTES)
+    exchange.write_headers(call, like, lanes, rows=zeros)
+    exchange.send_rows(call, lanes, starts=zeros, lane_rows=zeros, head_bytes=HEADER_BYTES)
+    if exchange.forwarder is not None:
+        passed = Passed(found, like, NO_ROW, timeout_s=timeout_s)
+        exchange.forwarder.begin(
+            call, (like,), functools.partial(exchange.forwarder.refuse, call, kind, passed)
+        )
 
 
 def judge_combine(exchange: KernelExchange, found: _engine.CallFormat, told: Told) -> None:
@@ -497,7 +552,7 @@ def judge_combine(exchange: KernelExchange, found: _engine.CallFormat, told: Tol
     error, token = told.words[4:6].tolist()
     if error and not told.words[0]:
         raise ArgumentError(LANES_TEXT.replace("%t", str(token)))
-    exchange.raise_told(told, found, belongs=True)
+    exchange.raise_told(told, found, belongs=True, ranks=exchange.sum_ranks)
 
 
 def judge_dispatch(
@@ -514,4 +569,4 @@ def judge_dispatch(
         for letter, number in (("e", int(idx[token, entry])), ("t", token), ("k", entry)):
             text = text.replace(f"%{letter}", str(number))
         raise ArgumentError(text)
-    exchange.raise_told(told, found, belongs=idx is None)
+    exchange.raise_told(told, found, belongs=idx is None, ranks=range(exchange.num_ranks))

@@ -1,6 +1,7 @@
 """KernelExchange: what a Buffer whose calls are kernels owns: its ring, its waits, its tables, its stream.
 
     begin(epoch, credits armed) ─stream waits─ write headers ─ rows ─ …      send (kernel_calls.py)
+    links armed ─stream waits─ check headers ─ pass on, or add, for others   between nodes (kernel_forward.py)
     rows armed ─stream waits─ check headers ─ … ─ unpack or add ─ release    receive
 
 The windows are the same as those of a Buffer of CPU tensors (csrc/exchange.hpp), and so is every byte in them; who
@@ -10,17 +11,16 @@ waits for nothing, but for sizes where a call asks for exact ones. Windows lie i
 - **Epochs** are counted on the device (headers.cuh: Begin), so that a captured graph takes new ones at each replay.
 - **Errors** that kernels find stand in what they tell the host (`Told`): raised by the call that reads it, or by the
   next one (`raise_errors`). Behind a wait that failed no kernel does anything, and the Buffer is spent.
-- Pairs of ranks only: hops="rank", or one node. A call is one round, so `max_tokens` must fit.
+- A call is one round, so `max_tokens` must fit.
 
 *Source*: ours. Ran as threads of the host (tests/kernels/test_kernel_buffer.py), not yet on a GPU (2026-11-21).
 """
 
 import contextlib
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from . import _engine
 from .arguments import wrong
 from .device_ring import DeviceRing, limit_ms
 from .errors import ArgumentError, MismatchError, MoeCommError, PeerTimeout
+from .kernel_forward import LINKS, KernelForwarder
 from .kernels import for_device, fused
 from .layout import ROW_ALIGNMENT
 from .memory import Pinned
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from .buffer import Buffer
 
 HEADER_BYTES = _engine.HEADER_BYTES
-CREDITS, ROWS = 0, 1  # the ring's words
+CREDITS, ROWS = 0, 1  # the ring's words, with LINKS
 TOLD_WORDS = 11 + HEADER_BYTES // 8  # headers.cuh: Told
 MAX_REPORTS = 64
 CAPTURED_WORDS = 1 << 21  # for what captured calls tell the host: 16 MiB
@@ -51,15 +52,26 @@ class Round:
     epochs: list[int] = dataclasses.field(default_factory=list)
     block: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     # int64: epoch, the bank's table, staged headers, groups of rows
+    forwarded: Any = None  # what the forwarder was given for it, if there is one
     own_rounds: int = 1
     num_rounds: int = 1
 
 
-class Told:
-    """headers.cuh's Told, the tables behind it, and apart the epoch: on the device, or the host's copy."""
+class Lanes(NamedTuple):
+    """Windows that a kernel writes: tables of their addresses and of the commit words behind them."""
 
-    def __init__(self, words: Tensor, num_ranks: int, epoch: Tensor | None = None):
-        self.words, self._ranks, self.epoch = words, num_ranks, epoch
+    numbers: Tensor  # int32: those by network first
+    windows: str
+    num_links: int
+    num_local: int
+    commits: str = ""
+
+
+class Told:
+    """headers.cuh's Told, the tables behind it (by source), and apart the epoch: on the device, or the host's copy."""
+
+    def __init__(self, words: Tensor, num_sources: int, epoch: Tensor | None = None):
+        self.words, self._sources, self.epoch = words, num_sources, epoch
         self.tables = words[TOLD_WORDS:].view(torch.int32)
 
     @property
@@ -74,20 +86,31 @@ class Told:
 
     @property
     def rows(self) -> Tensor:
-        return self.tables[: self._ranks]
+        return self._table(0)
 
     @property
     def starts(self) -> Tensor:
-        return self.tables[self._ranks : 2 * self._ranks]
+        return self._table(1)
 
     @property
     def tokens(self) -> Tensor:
-        return self.tables[2 * self._ranks : 3 * self._ranks]
+        return self._table(2)
+
+    @property
+    def verdicts(self) -> Tensor:
+        return self._table(3)
+
+    def _table(self, number: int) -> Tensor:
+        return self.tables[number * self._sources : (number + 1) * self._sources]
 
     def copies(self, num_counts: int) -> Tensor:
-        """int32 [R, L]"""
-        first = 3 * self._ranks
-        return self.tables[first : first + self._ranks * num_counts].view(self._ranks, num_counts)
+        """int32 [sources, num_counts]"""
+        first = 4 * self._sources
+        return self.tables[first : first + self._sources * num_counts].view(-1, num_counts)
+
+    @staticmethod
+    def num_words(num_sources: int, num_counts: int) -> int:
+        return TOLD_WORDS + -(-num_sources * (4 + num_counts) // 2)
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,42 +150,62 @@ class KernelExchange:
         self.device, self.native = buffer.device, native
         topology = buffer.topology
         self.rank, self.num_ranks = topology.rank, buffer.num_ranks
-        self.num_lanes = self.num_ranks
         self.kernels = for_device(self.device)
         self._late_s = buffer.config.timeout_s
         self.ring = DeviceRing(
-            buffer.engine, self.device, num_words=2, timeout_s=buffer.config.timeout_s, silent_s=buffer.config.silence_s
+            buffer.engine, self.device, num_words=3, timeout_s=buffer.config.timeout_s, silent_s=buffer.config.silence_s
         )  # fmt: skip
         self._ring_struct = self.ring.struct
         view = native.open_view()
         self._pinned = [
             (first, size, Pinned(first, size, self.device)) for first, size in view["segments"]
         ]
-        self._waits = {CREDITS: view["credits"], ROWS: view["rows"]}  # by kind
+        self._waits = {CREDITS: view["credits"], ROWS: view["rows"], LINKS: view["forward"]}
+        # by kind
         self.num_links, self.num_local = len(view["links"]), len(view["local"])
-        banks = [self._words_of(bank) for bank in view["banks"]]
-        self._num_words = len(banks[0])
-        self._tables = self._constant([word for bank in banks for word in bank])
-        R, links = self.num_ranks, 4 * self.num_links
-        self.lanes = self._constant([*view["links"], *view["local"]], torch.int32)
-        self.zeros = self._constant([0] * max(64, 2 * R), torch.int32)
+        R, nodes, node_ranks = self.num_ranks, topology.num_nodes, topology.node_ranks
+        by_node = buffer.hops == "node" and nodes > 1
+        self.num_lanes = nodes + node_ranks if by_node else R
+        numbers = self.constant([*view["links"], *view["local"]], torch.int32)
+        self.lanes = Lanes(numbers, "out", self.num_links, self.num_local, "commits")
+        self.results, self.num_sums = self.lanes, R
+        self.sum_ranks: Sequence[int] = range(R)  # who wrote the windows that a combine reads
+        if by_node:
+            results = self.constant(view["results"], torch.int32)
+            self.results = Lanes(results, "results", 0, len(results), "result_commits")
+            self.num_sums = node_ranks + nodes - 1
         absent = native.absent
-        self.lane_of_rank = self._constant(
-            [R if gone else r for r, gone in enumerate(absent)], torch.int32
+        lanes = [
+            node_ranks + node if by_node and node != topology.node else local if by_node else r
+            for r, (node, local) in enumerate(zip(topology.node_of, topology.local_of, strict=True))
+        ]
+        self.lane_of_rank = self.constant(
+            [self.num_lanes if absent[r] else lane for r, lane in enumerate(lanes)], torch.int32
         )
-        # Words of a block.
-        self._out_at, self.in_at, self._links_at = 1, 1 + R, 1 + 2 * R
-        self._commits_at = self._links_at + links
-        self._releases_at = self._commits_at + self.num_local
-        self._staged_at = -(-(1 + self._num_words) // 2) * 2
-        self._groups_at = self._staged_at + R * HEADER_BYTES // 8
-        self._block_words = self._groups_at + 4 * (self.num_links + self.num_local)
-        self._next = self._constant([buffer.config.first_epoch])
+        # Words of a block, behind its epoch: the bank's tables, then what kernels write.
+        banks: tuple[list[int], list[int]] = ([], [])
+        self._places: dict[str, int] = {}
+        for name, addresses, words in view["tables"]:
+            self._places[name] = 1 + len(banks[0])
+            for bank, found in zip(banks, words, strict=True):
+                bank += map(self._on_device, found) if addresses else found
+        if not by_node:
+            self._places |= {"results": self._places["out"], "sums": self._places["in"]}
+        self._num_words = len(banks[0])
+        self._tables = self.constant([*banks[0], *banks[1]])
+        self._places["staged"] = -(-(1 + self._num_words) // 2) * 2
+        self._places["groups"] = self._places["staged"] + max(R, self.num_lanes) * HEADER_BYTES // 8
+        self._block_words = self._places["groups"] + 4 * R
+        self.zeros = self.constant([0] * max(64, 2 * R), torch.int32)
+        self._next = self.constant([buffer.config.first_epoch])
         self.next_epoch = buffer.config.first_epoch  # of the next call, not counting replays
-        self.scratch = self._constant([0] * 4)  # arrived [2], status of pushes
+        self.scratch = self.constant([0] * 8)  # of each stream: arrived [2], status of pushes
         self._likes: dict[_engine.CallFormat, Tensor] = {}
         self._reports: list[Report] = []
         self.stream = None
+        self.forwarder = KernelForwarder(self, topology) if by_node else None
+        if self.forwarder is not None:
+            self.sum_ranks = self.forwarder.sum_ranks
         if self.device.type == "cuda":
             self._captured_words = torch.zeros(CAPTURED_WORDS, dtype=torch.int64, pin_memory=True)
             self.stream = torch.cuda.Stream(self.device)
@@ -170,16 +213,10 @@ class KernelExchange:
 
     # --- memory ----------------------------------------------------------------------------------
 
-    def _constant(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    def constant(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         if dtype is torch.int64:
             values = [v % 2**64 - (v % 2**64 >> 63 << 64) for v in values]
         return torch.tensor(values, dtype=dtype).to(self.device)
-
-    def _words_of(self, bank: tuple) -> list[int]:
-        out, into, commits, releases, links = bank
-        tables = [self._on_device(a) for part in (out, into) for a in part]
-        words = [word for link in links for word in link]
-        return [*tables, *words, *map(self._on_device, commits), *map(self._on_device, releases)]
 
     def _on_device(self, address: int) -> int:
         for first, size, pinned in self._pinned:
@@ -192,8 +229,9 @@ class KernelExchange:
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def told_words(self, num_counts: int) -> int:
-        return TOLD_WORDS + -(-self.num_ranks * (3 + num_counts) // 2)
+    def handle_words(self, num_counts: int) -> int:
+        """Of a dispatch's Told."""
+        return Told.num_words(self.num_ranks, num_counts)
 
     # --- the stream ------------------------------------------------------------------------------
 
@@ -239,6 +277,7 @@ class KernelExchange:
     def _launch(
         self, kernel: str, struct: Any, kind: str = "headers", width: int = 2048, **more: Any
     ) -> None:
+        """`width`: bytes that a block has to do at a time."""
         fused.launch(
             kernel, struct, device=self.device, num_threads=fused.threads_for(kind, width), **more
         )  # fmt: skip
@@ -268,109 +307,149 @@ class KernelExchange:
             made = self._likes[found] = self.like(found, texts)
         return made
 
-    def write_headers(self, call: Round, like: Tensor, **fields: Any) -> None:
-        """fields: headers.cuh's Write."""
+    def write_headers(
+        self, call: Round, like: Tensor, lanes: Lanes, part: slice = slice(None), **fields: Any
+    ) -> None:
+        """Of a part of the lanes. fields: headers.cuh's Write."""
+        numbers = lanes.numbers[part]
         write = fused.Write(
-            epoch=call.block.data_ptr(), like=like.data_ptr(), staged=self._at(call, self._staged_at),
-            windows=self._at(call, self._out_at), lanes=self.lanes.data_ptr(), num_lanes=len(self.lanes),
+            epoch=call.block.data_ptr(), like=like.data_ptr(), staged=self.at(call, "staged"),
+            windows=self.at(call, lanes.windows), lanes=numbers.data_ptr(), num_lanes=len(numbers),
             waited=self.ring.status_address(CREDITS), **fields,
         )  # fmt: skip
-        self._launch("moe_comm_write_headers", write, num_blocks=len(self.lanes), width=16 * 32)
+        self._launch("moe_comm_write_headers", write, num_blocks=len(numbers), width=16 * 32)
 
-    def send_rows(self, call: Round, **fields: Any) -> None:
-        """fields: dispatch.cuh's Arguments. Without any: headers alone."""
+    def send_rows(self, call: Round, lanes: Lanes, word: int = CREDITS, **fields: Any) -> None:
+        """fields: dispatch.cuh's Arguments."""
+        fields.setdefault("link_head_bytes", fields["head_bytes"])
         send = fused.Send(
-            num_lanes=self.num_ranks, windows=self._at(call, self._out_at), lanes=self.lanes.data_ptr(),
-            num_links=self.num_links, num_local=self.num_local, **self._links(call), **self._told_by(call), **fields,
+            num_lanes=self.num_lanes, lanes=lanes.numbers.data_ptr(), **self._to(call, lanes),
+            **self._told_by(call, word), windows=self.at(call, lanes.windows), **fields,
         )  # fmt: skip
         self._launch("moe_comm_dispatch_send", send, "dispatch", fields.get("payload_bytes", 16))
 
-    def send_sums(self, dtype: torch.dtype, call: Round, **fields: Any) -> None:
+    def send_sums(
+        self, dtype: torch.dtype, call: Round, lanes: Lanes, word: int = CREDITS, **fields: Any
+    ) -> None:
         """fields: combine.cuh's Arguments."""
         send = fused.Combine(
-            groups=self._at(call, self._groups_at), num_links=self.num_links, num_local=self.num_local,
-            head_bytes=HEADER_BYTES, **self._links(call), **self._told_by(call), **fields,
+            groups=self.at(call, "groups"), head_bytes=HEADER_BYTES, **self._to(call, lanes),
+            **self._told_by(call, word), **fields,
         )  # fmt: skip
         kernel = f"moe_comm_combine_send_{fused.DTYPES[dtype]}"
         self._launch(kernel, send, "combine", fields["payload_bytes"])
 
-    def groups_at(self, call: Round) -> int:
-        return self._at(call, self._groups_at)
-
     def await_rows(self, call: Round, kind: int, timeout_s: float | None) -> None:
+        if self.forwarder is not None:
+            self.forwarder.join(
+                call
+            )  # if its wait failed, the ring has ended, and so will this one
         self.ring.arm(self._waits[ROWS][kind], call.block, ROWS, timeout_s)
         self.ring.stream_wait(ROWS)
 
-    def check_headers(self, call: Round, like: Tensor, num_counts: int = 0, **fields: Any) -> Told:
+    def await_links(self, call: Round, kind: int, timeout_s: float | None) -> None:
+        self.ring.arm(self._waits[LINKS][kind], call.block, LINKS, timeout_s)
+        self.ring.stream_wait(LINKS)
+
+    def check_headers(
+        self, call: Round, like: Tensor, windows: str, num_sources: int, num_counts: int = 0, word: int = ROWS,
+        **fields: Any,
+    ) -> Told:  # fmt: skip
         """fields: headers.cuh's Check."""
-        words = self.new((1 + self.told_words(num_counts),), torch.int64).fill_(0)
-        told = Told(words[:-1], self.num_ranks, words[-1:])
+        words = self.new((1 + Told.num_words(num_sources, num_counts),), torch.int64).fill_(0)
+        told = Told(words[:-1], num_sources, words[-1:])
         check = fused.Check(
-            epoch=call.block.data_ptr(), like=like.data_ptr(), windows=self._at(call, self.in_at),
-            num_ranks=self.num_ranks, num_counts=num_counts, told=words.data_ptr(), told_epoch=words[-1:].data_ptr(),
-            rows=told.rows.data_ptr(),
-            starts=told.starts.data_ptr(), tokens=told.tokens.data_ptr(), copies=told.copies(num_counts).data_ptr(),
-            waited=self.ring.status_address(ROWS), **fields,
+            epoch=call.block.data_ptr(), like=like.data_ptr(), windows=self.at(call, windows),
+            num_sources=num_sources, num_counts=num_counts, told=words.data_ptr(), told_epoch=words[-1:].data_ptr(),
+            rows=told.rows.data_ptr(), starts=told.starts.data_ptr(), tokens=told.tokens.data_ptr(),
+            verdicts=told.verdicts.data_ptr(), copies=told.copies(num_counts).data_ptr() if num_counts else 0,
+            waited=self.ring.status_address(word), **fields,
         )  # fmt: skip
         self._launch("moe_comm_check_headers", check, num_blocks=1)
         return told
 
-    def collect(self, call: Round, told: Told, num_rows: int, **fields: Any) -> Tensor:
-        """The parts of all rows at `part_at`, [num_rows, part_bytes] uint8, in a multiple of 16 bytes."""
-        width = -(-fields["part_bytes"] // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        out = self.new((num_rows, width), torch.uint8)
+    def collect(self, call: Round, windows: str, told: Told, out: Tensor, **fields: Any) -> None:
+        """The parts of all rows at `part_at` to `out` [rows, width] uint8. fields: headers.cuh's Collect."""
+        starts = fields.pop("starts", told.starts)
         collect = fused.Collect(
-            windows=self._at(call, self.in_at), num_ranks=self.num_ranks, rows=told.rows.data_ptr(),
-            starts=told.starts.data_ptr(), out=out.data_ptr(), out_stride=width, **fields,
+            windows=self.at(call, windows), num_sources=len(told.rows), rows=told.rows.data_ptr(),
+            starts=starts.data_ptr(), out=out.data_ptr(), out_stride=out.shape[1], **fields,
         )  # fmt: skip
         self._launch("moe_comm_collect", collect, width=16 * 32)
-        return out
+
+    def new_parts(self, num_rows: int, part_bytes: int) -> Tensor:
+        """For `collect`: uint8 [num_rows, part_bytes], which is made a multiple of 16."""
+        return self.new((num_rows, -(-part_bytes // ROW_ALIGNMENT) * ROW_ALIGNMENT), torch.uint8)
+
+    def pass_on(self, call: Round, **fields: Any) -> None:
+        """fields: relay.cuh's Arguments."""
+        struct = fused.PassOn(
+            epoch=call.block.data_ptr(), waited=self.ring.status_address(LINKS), staged=self.at(call, "staged"),
+            **fields,
+        )  # fmt: skip
+        self._launch(
+            "moe_comm_pass_on", struct, num_blocks=max(1, fields["num_outs"]), width=16 * 32
+        )
+
+    def forward(self, call: Round, **fields: Any) -> None:
+        """fields: receive.cuh's Forward."""
+        release = self._told_by(call, LINKS) | {
+            "words": self.at(call, "passed_commits"), "num_words": self.num_links * self.num_local,
+        }  # fmt: skip
+        forward = fused.Forward(
+            sources=self.at(call, "link_in"), windows=self.at(call, "passed"), node_ranks=self.num_local,
+            release=fused.Release(**release), **fields,
+        )  # fmt: skip
+        self._launch("moe_comm_dispatch_forward", forward, "dispatch", fields.get("row_bytes", 16))
 
     def unpack(self, call: Round, told: Told | None, **fields: Any) -> None:
         """All rows to their places, then the banks are free. `told` None: they are freed unread."""
         if told is not None:
             fields |= {
-                "windows": self._at(call, self.in_at), "num_sources": self.num_ranks,
+                "windows": self.at(call, "in"), "num_sources": self.num_ranks,
                 "num_rows": told.rows.data_ptr(), "starts": told.starts.data_ptr(),
             }  # fmt: skip
-        release = fused.Release(
-            words=self._at(call, self._releases_at), num_words=self.num_local,
-            links=self._at(call, self._links_at), num_links=self.num_links, epoch=call.block.data_ptr(),
-            arrived=self.scratch.data_ptr(), status=self.scratch[2:].data_ptr(), ring=self._ring_struct,
-            waited=self.ring.status_address(ROWS),
-        )  # fmt: skip
-        unpack = fused.Unpack(release=release, **fields)
+        release = self._told_by(call, ROWS) | {
+            "words": self.at(call, "releases"), "num_words": self.num_local,
+            "links": self.at(call, "links"), "num_links": self.num_links,
+        }  # fmt: skip
+        unpack = fused.Unpack(release=fused.Release(**release), **fields)
         self._launch(
             "moe_comm_dispatch_unpack", unpack, "dispatch", fields.get("payload_bytes", 16)
         )
 
     def add_rows(self, dtype: torch.dtype, call: Round, **fields: Any) -> None:
         """The last sum, then the banks are free. fields: combine.cuh's Arguments."""
-        common = self._told_by(call) | {"waited": self.ring.status_address(ROWS)}
         add = fused.Combine(
-            num_local=1, releases=self._at(call, self._releases_at), num_releases=self.num_local,
-            release_links=self._at(call, self._links_at), num_release_links=self.num_links, **common, **fields,
+            num_local=1, releases=self.at(call, "releases"), num_releases=self.num_local,
+            release_links=self.at(call, "links"), num_release_links=self.num_links, **self._told_by(call, ROWS),
+            **fields,
         )  # fmt: skip
         self._launch(
             f"moe_comm_combine_send_{fused.DTYPES[dtype]}", add, "combine", fields["payload_bytes"]
         )
 
-    def windows_in(self, call: Round) -> Tensor:
-        """[R] int64: addresses of the windows that were written for this rank."""
-        return call.block[self.in_at : self.in_at + self.num_ranks]
+    def table(self, call: Round, name: str, length: int) -> Tensor:
+        """int64: what csrc/exchange.hpp's KernelView has under this name, for the call's bank."""
+        first = self._places[name]
+        return call.block[first : first + length]
 
-    def _at(self, call: Round, word: int) -> int:
-        return call.block.data_ptr() + 8 * word
+    def at(self, call: Round, name: str) -> int:
+        """Its address."""
+        return call.block.data_ptr() + 8 * self._places[name]
 
-    def _links(self, call: Round) -> dict[str, int]:
-        at = functools.partial(self._at, call)
-        return {"links": at(self._links_at), "commits": at(self._commits_at)}
-
-    def _told_by(self, call: Round) -> dict[str, Any]:
+    def _to(self, call: Round, lanes: Lanes) -> dict[str, int]:
         return {
-            "epoch": call.block.data_ptr(), "arrived": self.scratch.data_ptr(),
-            "status": self.scratch[2:].data_ptr(), "ring": self._ring_struct,
-            "waited": self.ring.status_address(CREDITS),
+            "num_links": lanes.num_links, "num_local": lanes.num_local, "links": self.at(call, "links"),
+            "commits": self.at(call, lanes.commits) if lanes.commits else 0,
+        }  # fmt: skip
+
+    def _told_by(self, call: Round, word: int) -> dict[str, Any]:
+        """Of a kernel behind the wait that ends `word`; those behind LINKS are on another stream."""
+        scratch = self.scratch[4:] if word == LINKS else self.scratch
+        return {
+            "epoch": call.block.data_ptr(), "arrived": scratch.data_ptr(), "status": scratch[2:].data_ptr(),
+            "ring": self._ring_struct, "waited": self.ring.status_address(word),
         }  # fmt: skip
 
     def late_s(self, timeout_s: float | None) -> float:
@@ -378,7 +457,7 @@ class KernelExchange:
 
     def expect_room(self, num_counts: int) -> None:
         """Raises ArgumentError where graphs hold as many calls as can tell the host of errors."""
-        if self.capturing() and len(self._captured_words) <= self.told_words(num_counts):
+        if self.capturing() and len(self._captured_words) <= self.handle_words(num_counts):
             raise ArgumentError(
                 "device: expected fewer captured calls of one Buffer: make another one for more graphs"
             )
@@ -403,7 +482,7 @@ class KernelExchange:
         if not captured:
             event = torch.cuda.Event()
             event.record(self.stream)
-        told = Told(words[:-1], self.num_ranks, words[-1:])
+        told = Told(words[:-1], len(told.rows), words[-1:])
         return Report(what, told, event, judge, captured)
 
     def read(self, report: Report, timeout_s: float) -> Told:
@@ -441,9 +520,11 @@ class KernelExchange:
                 )  # those behind one that raises are left for later calls
             report.look()
 
-    def raise_told(self, told: Told, found: _engine.CallFormat, belongs: bool) -> None:
+    def raise_told(
+        self, told: Told, found: _engine.CallFormat, belongs: bool, ranks: Sequence[int]
+    ) -> None:
         """Raises PeerError, MismatchError, … if the host's copy of a Told says so; the wait's error if it failed.
-        `belongs`: to an earlier dispatch, which headers name."""
+        `belongs`: to an earlier dispatch, which headers name. `ranks`: who wrote for each source."""
         assert told.epoch is not None
         epoch = int(told.epoch) % 2**64
         status, bad, identity = told.words[:3].tolist()
@@ -452,7 +533,7 @@ class KernelExchange:
             raise PeerTimeout(f"epoch {epoch}: rank {self.rank}: a wait ended with status {status}")
         if bad:
             header = bytes(told.words[11:TOLD_WORDS].view(torch.uint8).tolist())
-            self.native.judge(found, header, epoch, bad - 1, identity if belongs else 0)
+            self.native.judge(found, header, epoch, ranks[bad - 1], identity if belongs else 0)
         most, most_rank, allowed, allowed_rank = told.words[7:11].tolist()
         if 0 < allowed < most:
             raise MismatchError(
@@ -471,19 +552,25 @@ class KernelExchange:
 
     def close(self, timeout_s: float) -> None:
         """Waits for the stream, bounded, and ends the ring."""
-        if self.stream is not None:
-            start = time.monotonic()
-            while not self.stream.query() and time.monotonic() - start < timeout_s:
-                time.sleep(NAP_S)
+        start = time.monotonic()
+
+        def left() -> float:
+            return max(0.0, timeout_s - (time.monotonic() - start))
+
+        while self.stream is not None and not self.stream.query() and left():
+            time.sleep(NAP_S)
+        if self.forwarder is not None:
+            self.forwarder.drain(left)
         self.ring.close()
+        if self.forwarder is not None:
+            self.forwarder.close()
+            self.forwarder = None  # which has this object
 
 
 def opened(buffer: "Buffer", native: _engine.Exchange) -> KernelExchange:
     """Raises ArgumentError where kernels cannot be this rank, RuntimeError or ImportError where they cannot run."""
-    if buffer.mask_lost or (buffer.hops == "node" and buffer.topology.num_nodes > 1):
-        raise wrong(
-            "device", 'None with mask_lost, or with hops="node" between nodes', str(buffer.device)
-        )
+    if buffer.mask_lost:
+        raise wrong("device", "None with mask_lost", str(buffer.device))
     if buffer.max_tokens is None:
         raise wrong("device", "None without max_tokens", str(buffer.device))
     try:

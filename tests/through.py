@@ -17,7 +17,6 @@ import torch
 import moe_comm
 from moe_comm import Dispatched
 from moe_comm.event import Hook
-from moe_comm.group import EPGroup
 
 KINDS = ("far", "cuda", "kernels")
 VARIABLE, LIBRARY = "MOE_COMM_TEST_THROUGH", "MOE_COMM_TEST_KERNELS"
@@ -111,10 +110,7 @@ def install_kernels():
 
     @functools.wraps(make)
     def init(self, group=None, *, hops="node", ranks_per_node=None, max_tokens=None, **options):
-        ranks = EPGroup.of(group).num_ranks
-        given = ranks_per_node or int(os.environ.get("MOE_COMM_RANKS_PER_NODE", "0"))
-        pairs = hops == "rank" or given in (0, ranks)
-        if pairs and not options.get("mask_lost") and not options.get("window_bytes"):
+        if not options.get("mask_lost") and not options.get("window_bytes"):
             options["device"], max_tokens = "cpu", max_tokens or MOST_TOKENS
             options |= {
                 "each_copy": True,

@@ -33,6 +33,7 @@ def test_many_alive_in_any_order(run_threads, hops):
     run_threads(body, 4, hops=hops, **OPTIONS)
 
 
+@pytest.mark.loops("in rounds")
 @pytest.mark.parametrize("hops", ["node", "rank"])
 def test_after_the_buffer_was_replaced(hops, run_threads):
     """By one with smaller windows: the combine has other rounds than its dispatch had."""

@@ -186,13 +186,14 @@ def test_ranks_disagree(run_threads, change, text, hops):
 
 
 @pytest.mark.parametrize("hops", ["node", "rank"])
-def test_one_combines_while_others_dispatch(run_threads, hops):
+@pytest.mark.parametrize("other", range(4))
+def test_one_combines_while_others_dispatch(run_threads, other, hops):
     def body(buffer, rank):
         got = dispatch(buffer, GOOD, rank)
         with pytest.raises(
             MismatchError, match=r"called (dispatch|combine) where this rank called"
         ):
-            if rank == 1:
+            if rank == other:
                 buffer.combine(got.x, got.handle)
             else:
                 dispatch(buffer, GOOD, rank)
@@ -202,12 +203,30 @@ def test_one_combines_while_others_dispatch(run_threads, hops):
 
 
 @pytest.mark.parametrize("hops", ["node", "rank"])
-def test_combine_of_another_dispatch(run_threads, hops):
+@pytest.mark.parametrize("other", range(4))
+def test_combine_of_another_dispatch(run_threads, other, hops):
     def body(buffer, rank):
         first, second = dispatch(buffer, OTHER, rank), dispatch(buffer, GOOD, rank)
-        with pytest.raises(MismatchError, match="handle"):
-            mine = first if rank == 1 else second
+        with pytest.raises(MismatchError, match="handle") as caught:
+            mine = first if rank == other else second
             buffer.combine(mine.x, mine.handle)
+        assert rank == other or f"rank {other} disagrees" in str(caught.value)
+        good_call(buffer, rank)
+
+    run_threads(body, 4, hops=hops, **OPTIONS)
+
+
+@pytest.mark.parametrize("hops", ["node", "rank"])
+@pytest.mark.parametrize("other", range(4))
+def test_combines_disagree(run_threads, other, hops):
+    """Whoever it is that passes rows of another size: all ranks are told, by its name."""
+
+    def body(buffer, rank):
+        got = dispatch(buffer, GOOD, rank)
+        y = torch.cat([got.x, got.x], 1) if rank == other else got.x
+        with pytest.raises(MismatchError, match="bytes in a row") as caught:
+            buffer.combine(y, got.handle)
+        assert rank == other or f"rank {other} disagrees" in str(caught.value)
         good_call(buffer, rank)
 
     run_threads(body, 4, hops=hops, **OPTIONS)

@@ -1,10 +1,11 @@
-// kernels/{ring,dispatch,receive,combine}.cuh run by host threads, a std::barrier for each block: a
+// kernels/*.cuh run by host threads, a std::barrier for each block: a
 // library for ctypes. Compiled without contraction: a product is rounded before it is added.
 #include "../../csrc/ring.hpp"
 #include "../../kernels/combine.cuh"
 #include "../../kernels/dispatch.cuh"
 #include "../../kernels/headers.cuh"
 #include "../../kernels/receive.cuh"
+#include "../../kernels/relay.cuh"
 #include "host_block.hpp"
 
 using namespace moe_comm;
@@ -40,6 +41,10 @@ void check_headers(const headers::Check* a) {
 
 void collect(const headers::Collect* a, uint64_t num_blocks, uint64_t num_threads) {
   launch(num_blocks, num_threads, [a](HostBlock& block) { headers::collect(block, *a); });
+}
+
+void pass_on(const relay::Arguments* a, uint64_t num_blocks, uint64_t num_threads) {
+  launch(num_blocks, num_threads, [a](HostBlock& block) { relay::pass_on(block, *a); });
 }
 
 // dtype as in moe_comm/layout.py.

@@ -72,7 +72,8 @@ def test_send(library, num_blocks, num_threads, parts, capacity):
                 first_token=first, last_token=last, scales_at=f.scales_at, token_at=f.token_at, ids_at=f.ids_at,
                 weights_at=f.weights_at,
             )  # fmt: skip
-        windows = Words([window.data_ptr() - 256 for window in got])
+        heads = [512 if lane in links else 256 for lane in range(num_lanes)]
+        windows = Words([w.data_ptr() - head for w, head in zip(got, heads, strict=True)])
         number = Words([epoch])
         link_words = Words([[10 + lane, 0, lane << 4, lane << 8] for lane in links])
         commit_words = Words([0, 0])
@@ -83,7 +84,7 @@ def test_send(library, num_blocks, num_threads, parts, capacity):
             x.data_ptr(), 2 * x.stride(0), 2 * hidden, scales.data_ptr() if with_scales else 0, 4 * scales.stride(0),
             4 * scales.stride(1), 4, 5, 0 if cached else idx.data_ptr(), weights.data_ptr() if with_weights else 0,
             topk, routed.lane_rows.data_ptr(), routed.round_starts[round_idx].data_ptr(), num_lanes, first, last,
-            f.scales_at, f.token_at, f.ids_at, f.weights_at, f.row_bytes, windows.at, 256, lanes.at, len(links),
+            f.scales_at, f.token_at, f.ids_at, f.weights_at, f.row_bytes, windows.at, 256, 512, lanes.at, len(links),
             len(local), link_words.at, commits.at, number.at, arrived.at, status.at, ring,
         )  # fmt: skip
         library.dispatch_send(ctypes.byref(arguments), num_blocks, num_threads)
@@ -93,7 +94,7 @@ def test_send(library, num_blocks, num_threads, parts, capacity):
         assert status.tensor.tolist() == [0] and arrived.tensor.tolist() == [0, 0]
         starts = routed.round_starts[round_idx : round_idx + 2].tolist()
         assert take_all(library, arguments.ring) == {
-            (10 + lane, epoch & 0xFFFF, lane << 4, lane << 8, 256 + f.row_bytes * (starts[1][lane] - starts[0][lane]))
+            (10 + lane, epoch & 0xFFFF, lane << 4, lane << 8, 512 + f.row_bytes * (starts[1][lane] - starts[0][lane]))
             for lane in links
         }  # fmt: skip
         assert kept
@@ -114,7 +115,7 @@ def test_a_full_ring_is_reported_and_the_node_still_gets_its_rows(library):
     number = Words([5])
     arguments = Send(
         x.data_ptr(), 16, 16, 0, 0, 0, 0, 0, 0, 0, 1, rows.data_ptr(), starts.at, 4, 0, 1, 0, 0, 0, 0, 16, windows.at,
-        0, lanes.at, 3, 1, links.at, commits.at, number.at, arrived.at, status.at, ring,
+        0, 0, lanes.at, 3, 1, links.at, commits.at, number.at, arrived.at, status.at, ring,
     )  # fmt: skip
     library.dispatch_send(ctypes.byref(arguments), 2, 4)
     assert status.tensor.tolist() == [1], "kWaitTimeout"
@@ -189,10 +190,12 @@ def test_forward(library, num_rows, num_blocks, num_threads):
         Words([num_rows], torch.int32),
         Words([0]),
     )
-    newest = Words([epoch])
+    newest, source = Words([epoch]), Words([rows.data_ptr()])
     release = Release(words=words.at, num_words=3, epoch=newest.at, arrived=arrived.at)
     arguments = Forward(
-        rows.data_ptr(), number.at, row_bytes, table.data_ptr(), node_ranks, starts.data_ptr(), windows.at, release
+        sources=source.at, num_links=1, num_rows=number.at, row_bytes=row_bytes,
+        table=table.data_ptr(), table_rows=len(table), node_ranks=node_ranks, starts=starts.data_ptr(),
+        windows=windows.at, release=release,
     )  # fmt: skip
     library.forward(ctypes.byref(arguments), num_blocks, num_threads)
     assert torch.equal(got, want)
@@ -328,8 +331,8 @@ def test_behind_a_wait_that_failed_kernels_do_nothing(library):
             num_local=1, links=links.at, row_bytes=16, commits=tell.at, status=failed.at, ring=ring, **common,
         ),
         "forward": Forward(
-            rows=x.data_ptr(), num_rows=n.at, row_bytes=16, table=rows.data_ptr(), node_ranks=1, starts=starts.at,
-            windows=windows.at, release=release,
+            sources=source.at, num_links=1, num_rows=n.at, row_bytes=16, table=rows.data_ptr(), table_rows=1,
+            node_ranks=1, starts=starts.at, windows=windows.at, release=release,
         ),
         "unpack": Unpack(
             windows=source.at, num_sources=1, num_rows=n.at, starts=starts.at, row_bytes=16,

@@ -23,7 +23,7 @@ STRUCTS = {
     "DeviceRing": fused.DeviceRing, "dispatch::Arguments": fused.Send, "receive::Forward": fused.Forward,
     "receive::Release": fused.Release, "receive::Unpack": fused.Unpack, "combine::Arguments": fused.Combine,
     "combine::Group": fused.Group, "headers::Begin": fused.Begin, "headers::Write": fused.Write,
-    "headers::Check": fused.Check, "headers::Collect": fused.Collect,
+    "headers::Check": fused.Check, "headers::Collect": fused.Collect, "relay::Arguments": fused.PassOn,
 }  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def test_structs_are_the_headers(tmp_path):
         '#include "combine.cuh"',
         '#include "headers.cuh"',
         '#include "receive.cuh"',
+        '#include "relay.cuh"',
         "using namespace moe_comm;",
     ]
     for name, struct in STRUCTS.items():

@@ -66,7 +66,7 @@ def at_home(dispatched):
     )
 
 
-def _calls(rank, group, device, transport, layout, ranks_per_node):
+def _calls(rank, group, device, transport, layout, ranks_per_node, hops="rank"):
     """Dispatches, each with its combine and once more with its handle."""
     device, library = device
     if library:
@@ -75,7 +75,7 @@ def _calls(rank, group, device, transport, layout, ranks_per_node):
     cases = [make_case(num_ranks, layout=layout, seed=s, tokens=9) for s in range(CALLS)]
     interface = "lo" if transport.startswith("fabric:tcp") else None
     with moe_comm.Buffer(
-        group, hops="rank", device=device, max_tokens=10, transport=transport, interface=interface,
+        group, hops=hops, device=device, max_tokens=10, transport=transport, interface=interface,
         ranks_per_node=ranks_per_node, timeout_s=20, **SIZES,
     ) as buffer:  # fmt: skip
         for case in cases:
@@ -88,7 +88,7 @@ def _calls(rank, group, device, transport, layout, ranks_per_node):
             columns = want.topk_weights
             back = reference.combine(
                 ys, want.bookkeeping, weights=weights, topk_weights=columns,
-                node_of=node_list(num_ranks, ranks_per_node), hops="rank",
+                node_of=node_list(num_ranks, ranks_per_node), hops=hops,
             )  # fmt: skip
             mine = None if weights is None else weights[rank].to(device)
             y, summed = buffer.combine(
@@ -100,11 +100,12 @@ def _calls(rank, group, device, transport, layout, ranks_per_node):
     return buffer.engine.transport, buffer.kernels.num_links, buffer.kernels.ring.stats()
 
 
-def check(results):
+def check(results, waits=2):
+    """`waits`: armed in each call."""
     for _, num_links, stats in results:
         calls = 3 * CALLS
-        assert stats["commands"] == calls * (2 * num_links + 2)  # rows, releases, two arms
-        assert stats["armed"] == stats["ended"] == 2 * calls and stats["failed"] == 0
+        assert stats["commands"] == calls * (2 * num_links + waits)  # rows and releases
+        assert stats["armed"] == stats["ended"] == waits * calls and stats["failed"] == 0
 
 
 @pytest.mark.parametrize("first", FIRSTS.values(), ids=FIRSTS)
@@ -114,18 +115,32 @@ def test_round_trips(run_ranks, device, transport, layout, first, monkeypatch):
     check(run_ranks(_calls, 3, device, transport, layout, 1))
 
 
+@pytest.mark.parametrize("first", FIRSTS.values(), ids=FIRSTS)
+@pytest.mark.parametrize("num_ranks, ranks_per_node", [(2, 1), (3, 1), (4, 2), (6, 2)])
+def test_round_trips_by_node(
+    run_ranks, device, transport, num_ranks, ranks_per_node, first, monkeypatch
+):
+    """Rows that forwarders pass on, and sums of nodes."""
+    monkeypatch.setenv("MOE_COMM_FIRST_EPOCH", str(first))
+    layout = ("rank", "expert", "padded")[num_ranks % 3]
+    check(run_ranks(_calls, num_ranks, device, transport, layout, ranks_per_node, "node"), waits=3)
+
+
+@pytest.mark.parametrize("hops", ["rank", "node"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_shaken(run_ranks, device, transport, seed, monkeypatch):
+def test_shaken(run_ranks, device, transport, seed, hops, monkeypatch):
     """Writes late, cut and out of order (chaos)."""
     monkeypatch.setenv("MOE_COMM_CHAOS_SEED", str(seed))
     monkeypatch.setenv("MOE_COMM_SHARD_BYTES", "256")
-    check(run_ranks(_calls, 4, device, transport, "expert", 2))
+    results = run_ranks(_calls, 4, device, transport, "expert", 2, hops)
+    check(results, waits=2 if hops == "rank" else 3)
 
 
-def test_by_efas_rules(run_ranks, library, efa_rules, monkeypatch):
+@pytest.mark.parametrize("hops", ["rank", "node"])
+def test_by_efas_rules(run_ranks, library, efa_rules, hops, monkeypatch):
     monkeypatch.setenv("MOE_COMM_LIBFABRIC", efa_rules)
-    results = run_ranks(_calls, 3, ("cpu", library._name), "fabric:efa", "expert", 1)
-    check(results)
+    results = run_ranks(_calls, 3, ("cpu", library._name), "fabric:efa", "expert", 1, hops)
+    check(results, waits=2 if hops == "rank" else 3)
     assert all("efa" in name for name, _, _ in results)
 
 
@@ -143,7 +158,7 @@ def _damaged(rank, group, library, offset):
             hook()
             return None
         kernels, (pending, _) = buffer.kernels, buffer._unhooked[0]
-        window = int(kernels.windows_in(pending.call)[1])
+        window = int(kernels.table(pending.call, "in", 2)[1])
         byte = ctypes.c_uint8.from_address(window + offset)
         byte.value ^= 1
         with pytest.raises(TransportError) as caught:
@@ -158,6 +173,54 @@ def test_a_damaged_header(run_ranks, library, offset):
     """Not a row is touched of a header, or counts, of which one bit is another."""
     text, _ = run_ranks(_damaged, 2, library._name, offset)
     assert "rank 1 (node 0) is damaged" in text
+
+
+def _damaged_link(rank, group, library, offset, kind):
+    """Rank 3 hears it from its rail peer, rank 1, as rank 0 of it: what one of node 0 wrote is another."""
+    run_on_host(library)
+    case = make_case(4, tokens=[6] * 4, num_experts=8)
+    with moe_comm.Buffer(
+        group, device="cpu", max_tokens=8, ranks_per_node=2, timeout_s=10, **SIZES
+    ) as buffer:
+        got = dispatch(buffer, case, rank)
+        check_dispatched(got, expected(case), rank)
+        kernels = buffer.kernels
+        if rank == 1:
+            await_links = kernels.await_links
+
+            def damaged(call, *more):
+                await_links(call, *more)
+                window = int(
+                    kernels.table(call, "link_in" if kind == "dispatch" else "gathered", 1)[0]
+                )
+                ctypes.c_uint8.from_address(window + offset).value ^= 1
+
+            kernels.await_links = damaged
+        with pytest.raises((TransportError, PeerLost)) as caught:
+            if kind == "dispatch":
+                dispatch(buffer, case, rank)
+            else:
+                buffer.combine(got.x, got.handle)
+            dispatch(buffer, case, rank)  # a combine's errors come with the next call at latest
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("offset", [0, 9, 60, 200, 256], ids=str)
+def test_a_forwarder_finds_a_damaged_header(run_ranks, library, offset):
+    """All ranks of its node blame the rank that the window is of."""
+    texts = run_ranks(_damaged_link, 4, library._name, offset, "dispatch")
+    for text in texts[:2]:
+        assert (
+            "rank 3 (node 1) sent something else; a forwarder says: the header in the window"
+            in text
+        )
+    assert all("rank 3" in text for text in texts[2:])
+
+
+@pytest.mark.parametrize("offset", [0, 60, 200], ids=str)
+def test_a_forwarder_finds_damaged_results(run_ranks, library, offset):
+    texts = run_ranks(_damaged_link, 4, library._name, offset, "combine")
+    assert "rank 0 (node 0) sent something else; a forwarder says: the header in the" in texts[3]
 
 
 # --- captured ------------------------------------------------------------------------------------
@@ -218,10 +281,6 @@ def test_captured(run_ranks):
 def _refused(rank, group, library):
     run_on_host(library)
     for options, text in (
-        (
-            {"ranks_per_node": 1},
-            'device: expected None with mask_lost, or with hops="node" between nodes',
-        ),
         ({"hops": "rank", "mask_lost": True}, "device: expected None with mask_lost"),
         ({"max_tokens": None}, "device: expected None without max_tokens"),
     ):
@@ -238,6 +297,13 @@ def _refused(rank, group, library):
         with pytest.raises(ArgumentError, match=r"x: expected at most . tokens of such rows"):
             buffer.dispatch(wide, case.idx[rank].new_zeros(8, 1), num_experts=8)
         check_dispatched(dispatch(buffer, case, rank), expected(case), rank)
+        with moe_comm.Buffer(group, **SIZES) as loops:
+            other = dispatch(loops, case, rank)
+            for call, result in ((loops.combine, got), (buffer.combine, other)):
+                with pytest.raises(ArgumentError, match="handle: expected one of a Buffer with"):
+                    call(result.x, result.handle)
+        with moe_comm.Buffer(group, device="cpu", max_tokens=20, **SIZES) as another:
+            assert same(another.combine(got.x, got.handle), buffer.combine(got.x, got.handle))
 
 
 def test_refused(run_ranks, library):

@@ -167,7 +167,7 @@ def test_graphs_with_too_many_calls(cuda):
 
     def body(buffer, rank):
         words = buffer.kernels._captured_words
-        buffer.kernels._captured_words = words[: 1 + buffer.kernels.told_words(4)]
+        buffer.kernels._captured_words = words[: 1 + buffer.kernels.handle_words(4)]
         gate.wait(10)
         cuda.captures = True
         dispatch(buffer, case, rank)
