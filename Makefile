@@ -37,6 +37,7 @@ FAULTS := tests/faults tests/ep/test_faults.py tests/ep/test_generations.py test
     tests/cpp/test_sanitized.py
 THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes hooks handles wrong_input autograd generations \
     faults))
+LOW_LATENCY := tests/clients/test_deep_ep_legacy_low_latency.py tests/clients/test_deep_ep_legacy_limits.py
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -80,6 +81,7 @@ test-kernels: ## device code, without a device: Triton interpreted, CUDA as host
 test-device: ## the exchange's own tests, its calls made by kernels as host code (at most 5 minutes)
 	@.dev/setup.sh test
 	@$(PYTEST) -q -ra --maxfail=5 --durations=5 --through kernels $(THROUGH_KERNELS) $(ARGS)
+	@PYTEST_ADDOPTS= MOE_COMM_DEVICE=cpu $(PYTEST) -q -ra --maxfail=5 --through kernels $(LOW_LATENCY) $(ARGS)
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped

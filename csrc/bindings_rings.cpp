@@ -41,8 +41,10 @@ uint32_t open_wait(Engine& engine, const std::string& what, const std::string& w
 }
 
 std::shared_ptr<MappedRing> attach_ring(Engine& engine, uint32_t num_slots, uint32_t num_words,
-                                        double timeout_s, double silent_s, uint64_t first_ticket) {
-  auto ring = check(MappedRing::create({num_slots, num_words, timeout_s, silent_s, first_ticket}));
+                                        uint32_t num_times, double timeout_s, double silent_s,
+                                        uint64_t first_ticket) {
+  auto ring = check(
+      MappedRing::create({num_slots, num_words, num_times, timeout_s, silent_s, first_ticket}));
   check(unlocked([&] { return engine.proxy().attach(ring); }));
   return ring;
 }
@@ -82,6 +84,8 @@ void bind_kernel_view(py::class_<Exchange>& exchange) {
              d["credits"] = view.credits;
              d["rows"] = view.rows;
              d["forward"] = view.forward;
+             d["timed_rows"] = view.timed_rows;
+             d["timed_forward"] = view.timed_forward;
              return d;
            })
       .def("header_like",
@@ -93,6 +97,10 @@ void bind_kernel_view(py::class_<Exchange>& exchange) {
              return bytes_of(self.damaged_like(call_of(format, ""), writer));
            })
       .def("blame", &Exchange::blame)
+      .def("raise_refusal",
+           [](Exchange& self, uint32_t kind, uint64_t epoch) {
+             check(self.refusal(static_cast<ExchangeKind>(kind), epoch));
+           })
       .def("judge", [](Exchange& self, const CallFormat& format, const py::bytes& header,
                        uint64_t epoch, uint32_t source, uint64_t identity) {
         Header parsed{};
@@ -110,13 +118,14 @@ void bind_rings(py::module_& m, py::class_<Engine>& engine) {
   py::class_<Self, std::shared_ptr<Self>>(m, "MappedRing")
       .def_property_readonly("address", [](Self& self) { return address_of(self.memory().data()); })
       .def_property_readonly("num_bytes", [](Self& self) { return self.memory().size(); })
-      // (slots, taken, abort word, armed words)
+      // (slots, taken, abort word, armed words, times)
       .def_property_readonly("addresses",
                              [](Self& self) {
                                const DeviceRing view = self.view(nullptr, nullptr);
                                return std::make_tuple(
                                    address_of(view.slots), address_of(view.taken),
-                                   address_of(view.abort_word), address_of(self.words()));
+                                   address_of(view.abort_word), address_of(self.words()),
+                                   address_of(self.times()));
                              })
       .def_property_readonly("num_slots", [](Self& self) { return self.options().num_slots; })
       .def_property_readonly("num_words", [](Self& self) { return self.options().num_words; })
@@ -143,8 +152,8 @@ void bind_rings(py::module_& m, py::class_<Engine>& engine) {
       });
   engine
       .def("attach_ring", &attach_ring, py::arg("num_slots") = 4096, py::arg("num_words") = 64,
-           py::arg("timeout_s") = 300.0, py::arg("silent_s") = 30.0, py::arg("first_ticket") = 0,
-           py::keep_alive<0, 1>())
+           py::arg("num_times") = 0, py::arg("timeout_s") = 300.0, py::arg("silent_s") = 30.0,
+           py::arg("first_ticket") = 0, py::keep_alive<0, 1>())
       .def("detach_ring",
            [](Engine& self, const std::shared_ptr<MappedRing>& ring) {
              unlocked([&] { self.proxy().detach(ring); });

@@ -172,8 +172,8 @@ struct KernelView {
   std::vector<uint32_t> links, local;          // lanes: by network, and of this node
   std::vector<uint32_t> results;               // ranks, or none
   std::vector<std::span<std::byte>> segments;  // that all those addresses are in
-  // Waits by ExchangeKind: to write, to read, to pass on.
-  std::array<uint32_t, 3> credits{}, rows{}, forward{};
+  // Waits by ExchangeKind: to write, to read, to pass on; and those that are timed, by source.
+  std::array<uint32_t, 3> credits{}, rows{}, forward{}, timed_rows{}, timed_forward{};
 };
 
 class Exchange {
@@ -201,6 +201,9 @@ class Exchange {
   // What is wrong with a header that a kernel did not take.
   Status judge(const Call& call, const Header& header, uint64_t epoch, uint32_t source);
   void blame(uint32_t rank);
+  // What the first rank that refused this epoch's call says; of windows that came and are not
+  // released.
+  Status refusal(ExchangeKind kind, uint64_t epoch);
 
   // --- a call
   uint32_t num_lanes() const { return num_lanes_; }

@@ -132,6 +132,7 @@ Result<KernelView> Exchange::open_view() {
     source.words[0] = &commit_word(base_, 0, index);
     source.words[1] = &commit_word(base_, 1, index);
     source.extra_s = extra_s;
+    source.time_idx = index < R ? index : writer;
     wait.sources.push_back(std::move(source));
   };
   Wait credits{"", who, {}, {}, "release of its bank"};
@@ -165,14 +166,22 @@ Result<KernelView> Exchange::open_view() {
       for (uint32_t g = 0; g < G; ++g)
         add_commit(forward, shape_.rank_of[my_node_ * G + g], shape_.rank_of[n * G + g]);
     }
-    for (auto [wait, numbers] : {std::pair{&credits, &view.credits}, std::pair{&rows, &view.rows},
-                                 std::pair{&forward, &view.forward}}) {
-      Wait named = *wait;
+    struct Opened {
+      const Wait& wait;
+      std::array<uint32_t, 3>& numbers;
+      bool timed;
+    };
+    for (const auto& [wait, numbers, timed] :
+         {Opened{credits, view.credits, false}, Opened{rows, view.rows, false},
+          Opened{forward, view.forward, false}, Opened{rows, view.timed_rows, true},
+          Opened{forward, view.timed_forward, kind == kDispatch}}) {
+      Wait named = wait;
+      named.timed = timed;
       named.what = kind == kDispatch ? "dispatch" : "combine";
       named.failed = [this](const Status& status, uint64_t blamed) { fail_here(status, blamed); };
       auto opened = engine_.proxy().open_wait(std::move(named));
       if (!opened.ok()) return opened.status();
-      (*numbers)[kind] = opened.value();
+      numbers[kind] = opened.value();
       waits_.push_back(opened.value());
     }
   }
@@ -200,6 +209,20 @@ Status Exchange::judge(const Call& call, const Header& header, uint64_t epoch, u
   if (!judged.failure.ok()) return judged.failure;
   blame(source);
   return damaged(source);
+}
+
+Status Exchange::refusal(ExchangeKind kind, uint64_t epoch) {
+  Call call;
+  call.kind = kind;
+  call.error = {Code::kInvalid, "refused here, too"};  // its format is not known
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    if (r == shape_.rank || shape_.absent[r]) continue;
+    const Header header = *reinterpret_cast<const Header*>(slot(base_, r, epoch));
+    if (!is_sealed(header) || header.epoch != epoch || header.status != kHeaderError) continue;
+    check_header(call, header, epoch, r);
+    return call.failure;
+  }
+  return {};
 }
 
 }  // namespace moe_comm

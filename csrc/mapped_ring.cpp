@@ -14,6 +14,12 @@ size_t whole_pages(size_t num_bytes) {
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return (num_bytes + page - 1) / page * page;
 }
+
+size_t times_at(const RingOptions& o) { return kWordsAt + o.num_words * sizeof(ArmedWord); }
+
+size_t slots_at(const RingOptions& o) {
+  return whole_pages(times_at(o) + o.num_times * sizeof(uint64_t));
+}
 }  // namespace
 
 Result<std::shared_ptr<MappedRing>> MappedRing::create(const RingOptions& o) {
@@ -24,6 +30,8 @@ Result<std::shared_ptr<MappedRing>> MappedRing::create(const RingOptions& o) {
   }
   if (o.num_words == 0 || o.num_words > 1u << 20)
     return wrong("num_words: expected 1 to 2^20, got " + std::to_string(o.num_words));
+  if (o.num_times > 1u << 20)
+    return wrong("num_times: expected at most 2^20, got " + std::to_string(o.num_times));
   if (!(o.timeout_s > 0 && o.timeout_s < 1e6))
     return wrong("timeout_s: expected more than 0, got " + std::to_string(o.timeout_s));
   if (!(o.silent_s > 0 && o.silent_s < 1e6))
@@ -32,8 +40,7 @@ Result<std::shared_ptr<MappedRing>> MappedRing::create(const RingOptions& o) {
     return wrong("first_ticket: expected a multiple of 2 * num_slots, got " +
                  std::to_string(o.first_ticket));
   }
-  const size_t num_bytes = whole_pages(kWordsAt + o.num_words * sizeof(ArmedWord)) +
-                           whole_pages(o.num_slots * sizeof(Command));
+  const size_t num_bytes = slots_at(o) + whole_pages(o.num_slots * sizeof(Command));
   // Shared, or a fork would give this process other pages than those the GPU has.
   void* address =
       mmap(nullptr, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -49,8 +56,8 @@ MappedRing::MappedRing(const RingOptions& options, Mapping memory)
       control_(reinterpret_cast<RingControl*>(memory_.data())),
       abort_word_(reinterpret_cast<Counter*>(memory_.data() + kAbortAt)),
       words_(reinterpret_cast<ArmedWord*>(memory_.data() + kWordsAt)),
-      slots_(reinterpret_cast<Command*>(
-          memory_.data() + whole_pages(kWordsAt + options.num_words * sizeof(ArmedWord)))),
+      times_(reinterpret_cast<uint64_t*>(memory_.data() + times_at(options))),
+      slots_(reinterpret_cast<Command*>(memory_.data() + slots_at(options))),
       consumer_(control_, slots_, options.num_slots),
       is_armed_(options.num_words, 0) {
   static_assert(sizeof(RingControl) <= kAbortAt);

@@ -3,8 +3,9 @@
 //   kernel ─command(H2)→ slots → proxy ─→ writes; or, of an armed wait, later ─(H5)→ a word
 //
 // The memory is one block of whole pages (cudaHostRegister takes it as it is) and holds the word
-// `taken`, the abort word, the words of armed waits, and the slots. The two words of a ring that
-// only producers use lie in their memory: reserved and taken_seen, both `first_ticket` at first.
+// `taken`, the abort word, the words of armed waits, times, and the slots. The two words of a ring
+// that only producers use lie in their memory: reserved and taken_seen, both `first_ticket` at
+// first.
 //
 // What ends a ring, ends it for good: its first fault is kept with its text, the abort word ends
 // what its kernels wait for, and whatever is or will be armed ends with kWaitAborted. So a kernel
@@ -29,6 +30,7 @@ namespace moe_comm {
 struct RingOptions {
   uint32_t num_slots = 4096;  // a power of two
   uint32_t num_words = 64;    // armed waits at a time, at most
+  uint32_t num_times = 0;     // of waits that are timed
   double timeout_s = 300;     // of a wait for room, and of armed waits that say nothing else
   double silent_s = 30;       // a source whose heartbeat stopped is given up after that
   uint64_t first_ticket = 0;  // a multiple of 2 * num_slots
@@ -44,6 +46,7 @@ struct WaitSource {
   Counter* beat{};                // [heartbeat word] of its rank, its blame behind; null: none
   const ProcessWatch* process{};  // of a rank of this host; null: not known
   uint32_t rank = ~0u;            // to be blamed; ~0: nobody
+  uint32_t time_idx = ~0u;        // of MappedRing::times, where its wait is timed
   double extra_s = 0;             // it is waited for so much longer
   std::string lacks{};            // as Wait::lacks, of this one
 };
@@ -53,6 +56,7 @@ struct Wait {
   std::vector<WaitSource> sources;
   std::vector<uint32_t> channels;  // whose writes of the epoch's bank must have ended, too
   std::string lacks{};             // "header": what is not seen of a source
+  bool timed = false;              // how long after it was armed its sources came
   // Told, in a turn, why one failed, and MappedRing::blamed.
   std::function<void(const Status&, uint64_t)> failed{};
 };
@@ -69,6 +73,8 @@ class MappedRing {
   const RingOptions& options() const { return options_; }
   std::span<std::byte> memory() const { return memory_.bytes(); }
   ArmedWord* words() const { return words_; }
+  // [num_times] nanoseconds, of the newest timed wait of each source; written before it is ended.
+  uint64_t* times() const { return times_; }
   DeviceRing view(uint64_t* reserved, uint64_t* taken_seen) const;
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
   uint64_t blamed() const { return blamed_.load(); }  // 1 + the rank that ended it; 0: nobody
@@ -96,6 +102,7 @@ class MappedRing {
   RingControl* control_;
   Counter* abort_word_;
   ArmedWord* words_;
+  uint64_t* times_;
   Command* slots_;
   RingConsumer consumer_;
   std::vector<Armed> armed_;    // capacity: num_words

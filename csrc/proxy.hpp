@@ -193,7 +193,7 @@ class Proxy {
   bool take_commands(MappedRing& ring, Clock::time_point now);
   Status begin(MappedRing& ring, const Command& command, Clock::time_point now);
   bool look_at_waits(MappedRing& ring, Clock::time_point now);
-  std::optional<WaitStatus> look_at(MappedRing::Armed& armed, const RingOptions& options,
+  std::optional<WaitStatus> look_at(MappedRing& ring, MappedRing::Armed& armed,
                                     Clock::time_point now, Status& why);
   std::string why_lost(const WaitSource& source, MappedRing::Armed& armed,
                        const RingOptions& options, Clock::time_point now) const;

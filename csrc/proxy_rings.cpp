@@ -11,8 +11,9 @@
 namespace moe_comm {
 namespace {
 constexpr int kCommandsPerTurn = 64;
-constexpr double kLookOver = 0.01;  // seconds between looks at what moves slowly
-constexpr double kLastWords = 1.0;  // for the writes of a rank that closed or gave up
+constexpr double kLookOver = 0.01;     // seconds between looks at what moves slowly
+constexpr uint64_t kNotTimed = ~0ull;  // yet
+constexpr double kLastWords = 1.0;     // for the writes of a rank that closed or gave up
 
 bool reached(uint64_t word, uint64_t epoch) {  // both modulo 2^48
   return static_cast<int64_t>((word - epoch) << 16) >= 0;
@@ -117,6 +118,11 @@ Status Proxy::begin(MappedRing& ring, const Command& command, Clock::time_point 
     const double seconds = arm.timeout_ms ? arm.timeout_ms * 1e-3 : ring.options_.timeout_s;
     const auto limit =
         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+    if (state.wait && state.wait->timed) {
+      for (const WaitSource& source : state.wait->sources) {
+        if (source.time_idx < ring.options_.num_times) ring.times_[source.time_idx] = kNotTimed;
+      }
+    }
     ring.is_armed_[arm.word_idx] = 1;
     ring.armed_.push_back({arm, 0, now, now + limit, ~0ull, now, now, 0});
     ring.stats_.armed.fetch_add(1, std::memory_order_relaxed);
@@ -142,7 +148,7 @@ bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
   for (size_t i = 0; i < ring.armed_.size();) {
     MappedRing::Armed& armed = ring.armed_[i];
     Status why;
-    const std::optional<WaitStatus> status = look_at(armed, ring.options_, now, why);
+    const std::optional<WaitStatus> status = look_at(ring, armed, now, why);
     if (!status) {
       ++i;
       continue;
@@ -171,7 +177,7 @@ bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
 }
 
 // How it ended, if it did; `why`: of one that failed.
-std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOptions& options,
+std::optional<WaitStatus> Proxy::look_at(MappedRing& ring, MappedRing::Armed& armed,
                                          Clock::time_point now, Status& why) {
   const ChannelState& state = channels_[armed.arm.channel];
   if (!state.wait) {
@@ -183,6 +189,13 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOpt
   const auto complete = [&](const WaitSource& source) {
     return reached(word_at(*source.words[bank]).load(std::memory_order_acquire), armed.arm.epoch);
   };
+  for (size_t i = 0; wait.timed && i < wait.sources.size(); ++i) {
+    const WaitSource& source = wait.sources[i];
+    if (source.time_idx >= ring.options_.num_times) continue;
+    uint64_t& ns = ring.times_[source.time_idx];
+    if (ns == kNotTimed && complete(source))
+      ns = static_cast<uint64_t>(std::chrono::nanoseconds(now - armed.start).count());
+  }
   while (armed.next < wait.sources.size() && complete(wait.sources[armed.next])) {
     ++armed.next;
     armed.beat = ~0ull;
@@ -203,7 +216,7 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing::Armed& armed, const RingOpt
     armed.blamed = source.rank + 1u;  // ~0: nobody
     extra =
         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(source.extra_s));
-    const std::string lost = why_lost(source, armed, options, now);
+    const std::string lost = why_lost(source, armed, ring.options_, now);
     if (!lost.empty()) {
       if (complete(source)) return std::nullopt;  // it came while we looked
       why = {Code::kPeerLost, describe(wait, armed, now, source.who) + ": " + lost};

@@ -127,7 +127,7 @@ class Write(Struct):  # headers.cuh
 class Check(Struct):  # headers.cuh
     _fields_ = _words(
         "epoch like identity windows num_sources capacity expected num_counts counts_bytes error told told_epoch rows "
-        "starts tokens verdicts copies waited"
+        "starts tokens verdicts copies waited times wait_ns num_times"
     )
 
 

@@ -89,6 +89,9 @@ struct Check {
   uint32_t* verdicts;  // [num_sources]
   uint32_t* copies;    // [num_sources, num_counts] for each expert here
   const uint64_t* waited;
+  const uint64_t* times;  // [num_times] of the armed wait before it: to be added to `wait_ns`
+  int64_t* wait_ns;       // [num_times]
+  uint64_t num_times;
 };
 
 // The last bytes of each row, dense and in order: [sum of rows, out_stride].
@@ -262,6 +265,8 @@ MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
           good ? reinterpret_cast<const uint32_t*>(a.windows[s] + kHeaderBytes)[i] : 0;
     }
   }
+  for (uint64_t i = block.thread(); status == kWaitOk && i < a.num_times; i += block.num_threads())
+    a.wait_ns[i] += static_cast<int64_t>(a.times[i]);
   block.any(false);
   if (block.thread() != 0) return;
   Told& told = *a.told;
@@ -318,7 +323,7 @@ MOE_COMM_DEVICE inline void collect(Block& block, const Collect& a) {
 
 #ifndef __CUDACC_RTC__
 static_assert(sizeof(Begin) == 8 * 8 + sizeof(DeviceRing) && sizeof(Write) == 20 * 8);
-static_assert(sizeof(Told) == 11 * 8 + kHeaderBytes && sizeof(Check) == 18 * 8 &&
+static_assert(sizeof(Told) == 11 * 8 + kHeaderBytes && sizeof(Check) == 21 * 8 &&
               sizeof(Collect) == 10 * 8);
 #endif
 

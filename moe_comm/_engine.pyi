@@ -175,6 +175,7 @@ class Engine:
         self,
         num_slots: int = 4096,
         num_words: int = 64,
+        num_times: int = 0,
         timeout_s: float = 300.0,
         silent_s: float = 30.0,
         first_ticket: int = 0,
@@ -215,8 +216,8 @@ class MappedRing:
     @property
     def num_bytes(self) -> int: ...
     @property
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Of the slots, the word `taken`, the abort word, the words of armed waits."""
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """Of the slots, the word `taken`, the abort word, the words of armed waits, the times of timed ones."""
 
     @property
     def num_slots(self) -> int: ...
@@ -398,6 +399,9 @@ class Exchange:
         self, format: CallFormat, header: bytes, epoch: int, source: int, identity: int
     ) -> None:
         """Raises what is wrong with a header that a kernel did not take."""
+
+    def raise_refusal(self, kind: int, epoch: int) -> None:
+        """Raises the PeerError of the first rank that refused this epoch's call, whose windows came."""
 
     def blame(self, rank: int) -> None:
         """What this rank's fault goes back to, unless it is known."""

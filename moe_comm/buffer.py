@@ -107,7 +107,7 @@ class Buffer:
             window_bytes=window_bytes, transport=transport, interface=interface, ranks_per_node=ranks_per_node,
             timeout_s=timeout_s, device=None if device is None else str(device),
         )  # fmt: skip
-        self.device = _device_of(self.config.device)
+        self.device = device_named(self.config.device)
         self.kernels: KernelExchange | None = None
         self.max_tokens = max_tokens
         if mask_lost and (hops != "rank" or max_tokens is None):
@@ -216,7 +216,7 @@ class Buffer:
 
     # --- calls ---------------------------------------------------------------------------------------
 
-    @staged("x", updates=("wait_ns",))
+    @staged("x", fills=("out",), updates=("wait_ns",))
     def dispatch(
         self,
         x: Any,
@@ -230,6 +230,7 @@ class Buffer:
         capacity: int | None = None,
         max_tokens: int | None = None,
         wait_ns: Tensor | None = None,
+        out: Any = None,
         async_op: str | None = None,
         timeout_s: float | None = None,
     ) -> Any:
@@ -246,6 +247,7 @@ class Buffer:
             layout, alignment, capacity: see `Dispatched`.
             handle: of an earlier dispatch: the same routing again (topk_idx, topk_weights and num_experts omitted).
             max_tokens: of any rank in this call: all ranks raise MismatchError where one has more.
+            out: layout "padded": dense memory for x, or a pair, to be written to; rows behind the counts are undefined.
             wait_ns: int64 [R]; how long this call (or its hook) waited for the first rows of each rank is added to it,
                 in nanoseconds: who is slow? (hops="node": who, or who passes its rows on)
             async_op: None; "event": returns (Dispatched, Event); "hook": only sends, returns a `Hook` whose
@@ -257,19 +259,9 @@ class Buffer:
         Blocks until all ranks called. x may be changed as soon as the call returned.
         """
         request = DispatchRequest(
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts,
-            layout,
-            alignment,
-            handle,
-            capacity,
-            timeout_s,
-            async_op == "hook",
-            max_tokens,
-            wait_ns,
-        )
+            x, topk_idx, topk_weights, num_experts, layout, alignment, handle, capacity, timeout_s, async_op == "hook",
+            max_tokens, wait_ns, out,
+        )  # fmt: skip
         return self._run(self._calls()[0], request, "dispatches", async_op)
 
     @staged("y", fills=("out",), updates=("wait_ns",))
@@ -555,7 +547,7 @@ class _Faults:
             self._buffer.native.fail(str(error))
 
 
-def _device_of(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     """Raises ArgumentError for one that has no kernels."""
     if not name:
         return CPU

@@ -39,6 +39,7 @@ class DeviceRing:
         device: whose kernels push.
         num_slots: commands on their way, a power of two.
         num_words: armed waits at a time.
+        num_times: sources of waits that are timed.
         timeout_s: of a wait for room, and of armed waits that are given none.
         silent_s: a source whose heartbeat stopped is given up after that.
 
@@ -52,13 +53,16 @@ class DeviceRing:
         *,
         num_slots: int = 4096,
         num_words: int = 64,
+        num_times: int = 0,
         timeout_s: float = 300.0,
         silent_s: float = 30.0,
         first_ticket: int = 0,
     ):
         self.device = torch.device(device)
         self._native = native
-        self._ring = native.attach_ring(num_slots, num_words, timeout_s, silent_s, first_ticket)
+        self._ring = native.attach_ring(
+            num_slots, num_words, num_times, timeout_s, silent_s, first_ticket
+        )
         self._open = True
         try:
             self._pinned = Pinned(self._ring.address, self._ring.num_bytes, self.device)
@@ -72,7 +76,7 @@ class DeviceRing:
     @property
     def struct(self) -> fused.DeviceRing:
         """What kernels take: addresses as the device sees them."""
-        slots, taken, abort_word, _ = map(self._pinned.on_device, self._ring.addresses)
+        slots, taken, abort_word, *_ = map(self._pinned.on_device, self._ring.addresses)
         reserved, taken_seen = (self._tickets[i:].data_ptr() for i in (0, 1))
         return fused.DeviceRing(
             slots=slots, reserved=reserved, taken_seen=taken_seen, taken=taken, abort_word=abort_word,
@@ -83,6 +87,10 @@ class DeviceRing:
         """Of an ArmedWord, on the device: `ended`, and 8 bytes behind it `status`."""
         expect(0 <= word < self._ring.num_words, "word", f"0 to {self._ring.num_words - 1}", word)
         return self._pinned.on_device(self._ring.addresses[3]) + 16 * word
+
+    def times_address(self) -> int:
+        """uint64 [num_times], on the device: nanoseconds from an arm to each of its sources."""
+        return self._pinned.on_device(self._ring.addresses[4])
 
     def status_address(self, word: int = 0) -> int:
         """What kernels behind an armed wait take as `waited`."""

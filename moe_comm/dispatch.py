@@ -71,6 +71,7 @@ class DispatchRequest:
     deferred: bool  # received later, by a hook
     max_tokens: int | None = None  # of any rank in this call
     wait_ns: Tensor | None = None  # [R]
+    out: Any = None  # as x
 
 
 class PendingDispatch:
@@ -151,6 +152,32 @@ class PendingDispatch:
         self.hidden, self.dtype, self.topk, self.num_experts = hidden, x.dtype, topk, num_experts
         self.expand = request.layout != "rank"
         self.scale_shape = None if scales is None else (scales.shape[1], scales.dtype)
+        self.given = None if request.out is None else self._check_out()
+
+    def _check_out(self) -> tuple[Tensor, Tensor | None]:
+        request, handle, buffer = self.request, self.request.handle, self.buffer
+        if request.layout != "padded":
+            raise wrong("out", "None unless layout is 'padded'", request.out)
+        shape: tuple[int, ...] = (self._owned(), buffer.padded_capacity(request.capacity))
+        if handle is not None:
+            shape = handle.place_shape
+        rows = [((*shape, self.hidden), self.dtype)]
+        if self.scale_shape is not None:
+            rows.append(((*shape, self.scale_shape[0]), self.scale_shape[1]))
+        given = request.out if isinstance(request.out, (tuple, list)) else (request.out,)
+        if len(given) != len(rows):
+            raise wrong("out", "a pair if x is one, else a tensor", request.out)
+        for tensor, (wanted, dtype) in zip(given, rows, strict=True):
+            good = isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.is_contiguous()
+            if not (good and tensor.shape == wanted and tensor.device == buffer.device):
+                text = f"{str(dtype).removeprefix('torch.')} {tuple(wanted)}, contiguous, "
+                raise wrong("out", text + place(buffer.device), tensor)
+        return given[0], given[1] if len(given) > 1 else None
+
+    def _owned(self) -> int:
+        """Experts of this rank."""
+        slots = -(-self.num_experts // self.buffer.num_ranks)  # of the first ranks
+        return max(0, min(slots, self.num_experts - self.buffer.rank * slots))
 
     def _begin(self, found: _engine.CallFormat) -> None:
         request, buffer, handle = self.request, self.buffer, self.request.handle
@@ -263,8 +290,7 @@ class PendingDispatch:
         request, call, handle = self.request, self.call, self.request.handle
         capacity = 0
         if handle is None:
-            slots = -(-self.num_experts // self.buffer.num_ranks)  # experts of the first ranks
-            owned = max(0, min(slots, self.num_experts - self.buffer.rank * slots))
+            owned = self._owned()
             self.tokens_per_expert = new_tensor((owned,), torch.int64)
             if request.layout == "padded":
                 capacity = self.buffer.padded_capacity(request.capacity)
@@ -292,10 +318,13 @@ class PendingDispatch:
             self.positions = no_rows(self.topk)
             if self.expand:
                 self.positions = new_tensor((rows, self.topk), torch.int32)
-        x = new_tensor((*shape, self.hidden), self.dtype)
         scales = ids = weights = None
-        if self.scale_shape is not None:
-            scales = new_tensor((*shape, self.scale_shape[0]), self.scale_shape[1])
+        if self.given is not None:
+            x, scales = self.given
+        else:
+            x = new_tensor((*shape, self.hidden), self.dtype)
+            if self.scale_shape is not None:
+                scales = new_tensor((*shape, self.scale_shape[0]), self.scale_shape[1])
         if handle is None:
             per_copy = shape if self.expand else (places, self.topk)
             if request.layout != "padded":
@@ -303,7 +332,10 @@ class PendingDispatch:
             if request.topk_weights is not None:
                 weights = new_tensor(per_copy, torch.float32)
         if padded:  # rows that nobody writes
-            for tensor, filling in ((x, 0), (scales, 0), (ids, -1), (weights, 0)):
+            written = [(ids, -1), (weights, 0)]
+            if self.given is None:
+                written += [(x, 0), (scales, 0)]
+            for tensor, filling in written:
                 if tensor is not None:
                     tensor.fill_(filling)
         call.set_received(
@@ -358,13 +390,21 @@ def error_call(kind: int, text: str, buffer: "Buffer", timeout_s: float | None) 
 
 def time_waits(call: _engine.Call, wait_ns: Any, buffer: "Buffer") -> None:
     """Has the call add to wait_ns [R] how long it waited for each rank."""
-    if wait_ns is None:
-        return
+    if wait_ns is not None:
+        check_wait_ns(wait_ns, buffer)
+        call.set_wait_ns(wait_ns.data_ptr())
+
+
+def check_wait_ns(wait_ns: Any, buffer: "Buffer") -> None:
     ranks = buffer.num_ranks
-    good = isinstance(wait_ns, Tensor) and wait_ns.dtype == torch.int64 and wait_ns.is_cpu
-    if not (good and wait_ns.shape == (ranks,) and wait_ns.is_contiguous()):
-        raise wrong("wait_ns", f"int64 [{ranks}], contiguous", wait_ns)
-    call.set_wait_ns(wait_ns.data_ptr())
+    good = isinstance(wait_ns, Tensor) and wait_ns.dtype == torch.int64
+    if wait_ns is not None and not (
+        good
+        and wait_ns.shape == (ranks,)
+        and wait_ns.is_contiguous()
+        and wait_ns.device == buffer.device
+    ):
+        raise wrong("wait_ns", f"int64 [{ranks}], contiguous, {place(buffer.device)}", wait_ns)
 
 
 def load_handle(call: _engine.Call, handle: Handle, node_ranks: int) -> None:

@@ -12,19 +12,21 @@ layout "padded" does not, and nothing does while a graph is captured: then outpu
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _engine
-from .arguments import Found, wrong
+from .arguments import wrong
 from .combine import COMBINE, CombineRequest, PendingCombine
-from .dispatch import DISPATCH, Dispatched, DispatchRequest, PendingDispatch, no_rows
+from .dispatch import DISPATCH, Dispatched, DispatchRequest, PendingDispatch, check_wait_ns, no_rows
 from .errors import ArgumentError
 from .handle import Handle
-from .kernel_exchange import HEADER_BYTES, KernelExchange, Report, Round, Told
+from .kernel_exchange import KernelExchange
 from .kernel_forward import Passed
+from .kernel_told import HEADER_BYTES, Report, Round, Told
 from .kernels import fused
 from .kernels.route import ERROR_RANGE
 from .layout import RowFormat, counts_bytes
@@ -46,6 +48,8 @@ class ByKernels:
 
     exchange: KernelExchange
     error: ArgumentError | None
+    request: Any
+    _send: Callable[[], None]
 
     def __init__(self, buffer: Any, request: DispatchRequest | CombineRequest):
         self.exchange, self.call = buffer.kernels, Round()
@@ -56,6 +60,12 @@ class ByKernels:
         """This rank takes part with no tokens and `text`; `finish` raises it."""
         self.error, self.text = ArgumentError(text), text
 
+    def send(self) -> None:
+        with self.exchange.on_stream():
+            self._send()
+        if self.request.deferred:
+            self.exchange.order_behind()
+
 
 class KernelDispatch(ByKernels, PendingDispatch):
     """A dispatch from its first send to its last receive."""
@@ -63,9 +73,10 @@ class KernelDispatch(ByKernels, PendingDispatch):
     def _check(self) -> None:
         super()._check()
         request = self.request
-        if request.wait_ns is not None:
-            raise wrong("wait_ns", f"None on {self.exchange.device}", Found("one"))
-        most = self.buffer.num_ranks * (self.buffer.max_tokens or 0)
+        check_wait_ns(request.wait_ns, self.buffer)
+        most = self.most = self.buffer.num_ranks * min(
+            self.buffer.max_tokens or 0, request.max_tokens or 2**32
+        )
         self.capacity = 0
         if request.layout == "padded" and request.handle is None:
             self.capacity = self.buffer.padded_capacity(request.capacity)
@@ -113,63 +124,62 @@ class KernelDispatch(ByKernels, PendingDispatch):
 
     # --- sending ---------------------------------------------------------------------------------
 
-    def send(self) -> None:
+    def _send(self) -> None:
         exchange, request, handle = self.exchange, self.request, self.request.handle
-        with exchange.on_stream():
-            call = self.call
-            exchange.begin(call, DISPATCH, request.timeout_s)
-            if self.error is not None:
-                send_refusal(exchange, call, DISPATCH, self.text, request.timeout_s)
-                return
-            x, scales, idx, weights, row = self.x, self.scales, self.idx, self.weights, self.row
-            exchange.used_by_stream(x, scales, idx, weights)
-            error, forwarder, lanes = 0, exchange.forwarder, exchange.lanes
-            says: dict[str, Any] = {"tokens": len(x), "max_tokens": request.max_tokens or 0}
-            if handle is None:
-                assert idx is not None
-                self.routed = exchange.kernels.route(
-                    idx, exchange.lane_of_rank, num_experts=self.num_experts, num_ranks=exchange.num_ranks,
-                    num_lanes=exchange.num_lanes, capacity=max(1, len(x)),
-                )  # fmt: skip
-                routed, self.lane_rows = self.routed, self.routed.lane_rows
-                starts, error = routed.round_starts, routed.error.data_ptr()
-                says |= {
-                    "rows": starts[1].data_ptr(), "error": error, "topk_idx": idx.data_ptr(), "topk": self.topk
-                }  # fmt: skip
-                if forwarder is None:
-                    exchange.write_headers(
-                        call, self.like, lanes, counts=routed.expert_counts.data_ptr(), num_counts=self.num_counts,
-                        counts_bytes=self.counts_bytes, **says,
-                    )  # fmt: skip
-                else:
-                    forwarder.write_headers(call, self.like, routed, self.num_counts, **says)
-            else:
-                self.lane_rows, starts = handle.lane_rows, sent_rows(handle)
-                says |= {"rows": starts[1].data_ptr(), "identity": self.identity}
-                exchange.write_headers(call, self.like, lanes, **says)
-            item = 0 if scales is None else scales.element_size()
-            exchange.send_rows(
-                call, lanes, x=x.data_ptr(), x_stride=x.stride(0) * x.element_size(), payload_bytes=row.payload_bytes,
-                scales=0 if scales is None else scales.data_ptr(),
-                scale_token_stride=0 if scales is None else scales.stride(0) * item,
-                scale_stride=0 if scales is None else scales.stride(1) * item,
-                scale_item=item, num_scales=0 if scales is None else scales.shape[1],
-                topk_idx=0 if idx is None else idx.data_ptr(),
-                topk_weights=0 if weights is None else weights.data_ptr(), topk=self.topk,
-                lane_rows=self.lane_rows.data_ptr(), starts=starts.data_ptr(), last_token=len(x),
-                scales_at=row.scales_at, token_at=row.token_at, ids_at=row.ids_at, weights_at=row.weights_at,
-                row_bytes=row.row_bytes, link_head_bytes=HEADER_BYTES + self.link_counts_bytes,
-                head_bytes=HEADER_BYTES + self.counts_bytes, error=error,
+        call = self.call
+        exchange.begin(call, DISPATCH, request.timeout_s)
+        if self.error is not None:
+            send_refusal(exchange, call, DISPATCH, self.text, request.timeout_s)
+            return
+        x, scales, idx, weights, row = self.x, self.scales, self.idx, self.weights, self.row
+        exchange.used_by_stream(x, scales, idx, weights, request.wait_ns)
+        error, forwarder, lanes = 0, exchange.forwarder, exchange.lanes
+        says: dict[str, Any] = {"tokens": len(x), "max_tokens": request.max_tokens or 0}
+        if handle is None:
+            assert idx is not None
+            self.routed = exchange.kernels.route(
+                idx, exchange.lane_of_rank, num_experts=self.num_experts, num_ranks=exchange.num_ranks,
+                num_lanes=exchange.num_lanes, capacity=max(1, len(x)),
             )  # fmt: skip
-            if forwarder is not None:
-                passed = Passed(
-                    self.format, self.like, row, self.identity, handle, request.timeout_s, self.num_experts,
-                    self.buffer.max_tokens or 0,
+            routed, self.lane_rows = self.routed, self.routed.lane_rows
+            starts, error = routed.round_starts, routed.error.data_ptr()
+            says |= {
+                "rows": starts[1].data_ptr(), "error": error, "topk_idx": idx.data_ptr(), "topk": self.topk
+            }  # fmt: skip
+            if forwarder is None:
+                exchange.write_headers(
+                    call, self.like, lanes, counts=routed.expert_counts.data_ptr(), num_counts=self.num_counts,
+                    counts_bytes=self.counts_bytes, **says,
                 )  # fmt: skip
-                forwarder.begin(
-                    call, () if handle is None else (handle.told, handle.forward_rows),
-                    lambda: setattr(self, "forward_rows", forwarder.pass_rows(call, passed)),
-                )  # fmt: skip
+            else:
+                forwarder.write_headers(call, self.like, routed, self.num_counts, **says)
+        else:
+            self.lane_rows, starts = handle.lane_rows, sent_rows(handle)
+            says |= {"rows": starts[1].data_ptr(), "identity": self.identity}
+            exchange.write_headers(call, self.like, lanes, **says)
+        item = 0 if scales is None else scales.element_size()
+        exchange.send_rows(
+            call, lanes, x=x.data_ptr(), x_stride=x.stride(0) * x.element_size(), payload_bytes=row.payload_bytes,
+            scales=0 if scales is None else scales.data_ptr(),
+            scale_token_stride=0 if scales is None else scales.stride(0) * item,
+            scale_stride=0 if scales is None else scales.stride(1) * item,
+            scale_item=item, num_scales=0 if scales is None else scales.shape[1],
+            topk_idx=0 if idx is None else idx.data_ptr(),
+            topk_weights=0 if weights is None else weights.data_ptr(), topk=self.topk,
+            lane_rows=self.lane_rows.data_ptr(), starts=starts.data_ptr(), last_token=len(x),
+            scales_at=row.scales_at, token_at=row.token_at, ids_at=row.ids_at, weights_at=row.weights_at,
+            row_bytes=row.row_bytes, link_head_bytes=HEADER_BYTES + self.link_counts_bytes,
+            head_bytes=HEADER_BYTES + self.counts_bytes, error=error,
+        )  # fmt: skip
+        if forwarder is not None:
+            passed = Passed(
+                self.format, self.like, row, self.identity, handle, request.timeout_s, self.num_experts,
+                self.buffer.max_tokens or 0, request.wait_ns is not None,
+            )  # fmt: skip
+            forwarder.begin(
+                call, () if handle is None else (handle.told, handle.forward_rows),
+                lambda: setattr(self, "forward_rows", forwarder.pass_rows(call, passed)),
+            )  # fmt: skip
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -177,8 +187,9 @@ class KernelDispatch(ByKernels, PendingDispatch):
         """Headers, and sizes if they are asked for."""
         exchange, request = self.exchange, self.request
         with exchange.on_stream():
-            exchange.await_rows(self.call, DISPATCH, request.timeout_s)
+            exchange.await_rows(self.call, DISPATCH, request.timeout_s, request.wait_ns is not None)
             if self.error is not None:
+                exchange.hear_refusals(self.call, DISPATCH, request.timeout_s)
                 return
             expected: dict[str, int] = {"error": 0}
             if request.handle is None:
@@ -188,7 +199,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
                 expected |= {"expected": rows.data_ptr(), "identity": self.identity}
             self.told = exchange.check_headers(
                 self.call, self.like, "in", exchange.num_ranks, self.num_counts, counts_bytes=self.counts_bytes,
-                capacity=self.format.capacity, **expected,
+                capacity=self.format.capacity, wait_ns=request.wait_ns, **expected,
             )  # fmt: skip
             judge = functools.partial(
                 judge_dispatch, exchange, self.format, self.num_experts, self.idx
@@ -212,9 +223,8 @@ class KernelDispatch(ByKernels, PendingDispatch):
     def _place(self) -> None:
         """Where each row goes; then it goes there."""
         exchange, request, row, known = self.exchange, self.request, self.row, self.known
-        first = exchange.rank * self.num_counts
-        owned = max(0, min(self.num_counts, self.num_experts - first))
-        most = self.buffer.num_ranks * (self.buffer.max_tokens or 0)
+        first, owned = exchange.rank * self.num_counts, self._owned()
+        most = self.most
         copies = self.told.copies(self.num_counts)[:, :owned]
         total = copies.sum(0, dtype=torch.int64)
         if known is None:
@@ -254,7 +264,8 @@ class KernelDispatch(ByKernels, PendingDispatch):
             weights_at=4 + 4 * self.topk if self.weights is not None else 0,
             num_rows=None if known is not None else self.told.num_rows,
         )  # fmt: skip
-        ids, weights = placed.ids, placed.weights
+        ids: Tensor | None = placed.ids
+        weights: Tensor | None = placed.weights
         if self.expand:
             ids, weights = self._by_place(placed, math.prod(shape))
         self.tokens_per_expert, self.recv_tokens = total, placed.tokens
@@ -263,12 +274,13 @@ class KernelDispatch(ByKernels, PendingDispatch):
         self._unpack(shape, padded)
         if request.layout == "padded" and weights is not None:
             weights = weights.view(shape)
-        self.out = (self.out_x, None if request.layout == "padded" else ids, weights)
+        self.out = (self.out_x, ids, weights)
 
-    def _by_place(self, placed: Any, num_places: int) -> tuple[Tensor, Tensor | None]:
-        exchange, weights = self.exchange, None
-        ids = exchange.new((num_places,), torch.int64).fill_(-1)
-        exchange.kernels.unpack_lanes(ids, placed.ids, placed.positions)
+    def _by_place(self, placed: Any, num_places: int) -> tuple[Tensor | None, Tensor | None]:
+        exchange, ids, weights = self.exchange, None, None
+        if self.request.layout != "padded":
+            ids = exchange.new((num_places,), torch.int64).fill_(-1)
+            exchange.kernels.unpack_lanes(ids, placed.ids, placed.positions)
         if placed.weights is not None:
             weights = exchange.new((num_places,), torch.float32).fill_(0)
             exchange.kernels.unpack_lanes(weights, placed.weights, placed.positions)
@@ -282,12 +294,17 @@ class KernelDispatch(ByKernels, PendingDispatch):
 
     def _unpack(self, shape: tuple[int, ...], padded: bool) -> None:
         exchange, row = self.exchange, self.row
-        x, scales = exchange.new((*shape, self.hidden), self.dtype), None
-        if self.scale_shape is not None:
-            scales = exchange.new((*shape, self.scale_shape[0]), self.scale_shape[1])
-        for tensor in (x, scales):
-            if padded and tensor is not None:
-                tensor.view(torch.uint8).fill_(0)  # not every dtype can be filled
+        scales = None
+        if self.given is not None:
+            x, scales = self.given
+            exchange.used_by_stream(x, scales)
+        else:
+            x = exchange.new((*shape, self.hidden), self.dtype)
+            if self.scale_shape is not None:
+                scales = exchange.new((*shape, self.scale_shape[0]), self.scale_shape[1])
+            for tensor in (x, scales):
+                if padded and tensor is not None:
+                    tensor.view(torch.uint8).fill_(0)  # not every dtype can be filled
         exchange.unpack(
             self.call, self.told, head_bytes=HEADER_BYTES + self.counts_bytes, row_bytes=row.row_bytes,
             payload_bytes=row.payload_bytes, positions=self.positions.data_ptr() if self.expand else 0,
@@ -331,8 +348,7 @@ class KernelCombine(ByKernels, PendingCombine):
 
     def _check(self) -> None:
         super()._check()
-        if self.request.wait_ns is not None:
-            raise wrong("wait_ns", f"None on {self.exchange.device}", Found("one"))
+        check_wait_ns(self.request.wait_ns, self.buffer)
 
     def _begin(self, found: _engine.CallFormat) -> None:
         most = self.buffer.max_tokens or 0
@@ -354,67 +370,63 @@ class KernelCombine(ByKernels, PendingCombine):
             self.rows_per_token = min(handle.topk, slots)
         self.like = self.exchange.kept_like(found, (LANES_TEXT,))
 
-    def send(self) -> None:
+    def _send(self) -> None:
         exchange, request, handle = self.exchange, self.request, self.request.handle
-        with exchange.on_stream():
-            call = self.call
-            exchange.begin(call, COMBINE, request.timeout_s)
-            if self.error is not None:
-                send_refusal(exchange, call, COMBINE, self.text, request.timeout_s)
-                return
-            y, weights, columns, row = self.y, self.weights, self.columns, self.row
-            exchange.used_by_stream(y, weights, columns, self.bias, *self.lanes)
-            kernels, stride = exchange.kernels, y.stride(0) * y.element_size()
-            told = Told(handle.told, exchange.num_ranks)
-            rows, starts = told.rows, told.starts
-            if handle.layout == "rank":
-                offsets = (torch.arange(len(handle.recv_tokens), device=exchange.device) * stride)[
-                    :, None
-                ]
-            else:
-                zeros = handle.positions.new_zeros(handle.topk)
-                offsets = kernels.row_offsets(
-                    handle.positions, zeros, zeros.long(), row_bytes=stride
-                )
-                if weights is not None:
-                    weights = kernels.lane_columns(weights.view(-1), handle.positions)
-                if columns is not None:
-                    columns = kernels.lane_columns(columns.view(-1), handle.positions)
-            self.lane_error = self._find_lanes()
-            if request.each_copy:
-                offsets, rows, starts = each_copy(offsets, rows, starts)
-            exchange.write_headers(
-                call, self.like, exchange.results, rows=rows.data_ptr(), starts=starts.data_ptr(),
-                row_bytes=row.row_bytes, groups=exchange.at(call, "groups"), identity=told.identity,
-                tokens=handle.num_tokens, error=self.lane_error, topk=handle.topk,
-                topk_idx=0 if self.lanes[0] is None else self.lanes[0].data_ptr(),
+        call = self.call
+        exchange.begin(call, COMBINE, request.timeout_s)
+        if self.error is not None:
+            send_refusal(exchange, call, COMBINE, self.text, request.timeout_s)
+            return
+        y, weights, columns, row = self.y, self.weights, self.columns, self.row
+        exchange.used_by_stream(y, weights, columns, self.bias, request.wait_ns, *self.lanes)
+        kernels, stride = exchange.kernels, y.stride(0) * y.element_size()
+        told = Told(handle.told, exchange.num_ranks)
+        rows, starts = told.rows, told.starts
+        if handle.layout == "rank":
+            offsets = (torch.arange(len(handle.recv_tokens), device=exchange.device) * stride)[
+                :, None
+            ]
+        else:
+            zeros = handle.positions.new_zeros(handle.topk)
+            offsets = kernels.row_offsets(handle.positions, zeros, zeros.long(), row_bytes=stride)
+            if weights is not None:
+                weights = kernels.lane_columns(weights.view(-1), handle.positions)
+            if columns is not None:
+                columns = kernels.lane_columns(columns.view(-1), handle.positions)
+        self.lane_error = self._find_lanes()
+        if request.each_copy:
+            offsets, rows, starts = each_copy(offsets, rows, starts)
+        exchange.write_headers(
+            call, self.like, exchange.results, rows=rows.data_ptr(), starts=starts.data_ptr(),
+            row_bytes=row.row_bytes, groups=exchange.at(call, "groups"), identity=told.identity,
+            tokens=handle.num_tokens, error=self.lane_error, topk=handle.topk,
+            topk_idx=0 if self.lanes[0] is None else self.lanes[0].data_ptr(),
+        )  # fmt: skip
+        exchange.send_sums(
+            y.dtype, call, exchange.results, memory=y.data_ptr(), offsets=offsets.data_ptr(),
+            num_terms=offsets.shape[1], weights=0 if weights is None else weights.data_ptr(),
+            payload_bytes=row.payload_bytes, row_bytes=row.row_bytes,
+            columns=0 if columns is None else columns.data_ptr(),
+            num_columns=0 if columns is None else handle.topk, columns_at=row.weights_at,
+        )  # fmt: skip
+        if exchange.forwarder is not None:
+            passed = Passed(self.format, self.like, row, told.identity, handle, request.timeout_s)
+            exchange.forwarder.begin(
+                call, (handle.told, handle.forward_rows),
+                functools.partial(exchange.forwarder.add_rows, call, passed, y.dtype, columns is not None),
             )  # fmt: skip
-            exchange.send_sums(
-                y.dtype, call, exchange.results, memory=y.data_ptr(), offsets=offsets.data_ptr(),
-                num_terms=offsets.shape[1], weights=0 if weights is None else weights.data_ptr(),
-                payload_bytes=row.payload_bytes, row_bytes=row.row_bytes,
-                columns=0 if columns is None else columns.data_ptr(),
-                num_columns=0 if columns is None else handle.topk, columns_at=row.weights_at,
-            )  # fmt: skip
-            if exchange.forwarder is not None:
-                passed = Passed(
-                    self.format, self.like, row, told.identity, handle, request.timeout_s
-                )
-                exchange.forwarder.begin(
-                    call, (handle.told, handle.forward_rows),
-                    functools.partial(exchange.forwarder.add_rows, call, passed, y.dtype, columns is not None),
-                )  # fmt: skip
 
     def receive_first(self) -> None:
         exchange, request = self.exchange, self.request
         with exchange.on_stream():
-            exchange.await_rows(self.call, COMBINE, request.timeout_s)
+            exchange.await_rows(self.call, COMBINE, request.timeout_s, request.wait_ns is not None)
             if self.error is not None:
+                exchange.hear_refusals(self.call, COMBINE, request.timeout_s)
                 return
             identity = Told(request.handle.told, exchange.num_ranks).identity
             self.told = exchange.check_headers(
                 self.call, self.like, "sums", exchange.num_sums, identity=identity, error=self.lane_error,
-                capacity=self.format.capacity * self.rows_per_token,
+                capacity=self.format.capacity * self.rows_per_token, wait_ns=request.wait_ns,
             )  # fmt: skip
             judge = functools.partial(judge_combine, exchange, self.format)
             self.report = exchange.report(f"combine epoch {self.call.epochs[0]}", self.told, judge)

@@ -17,10 +17,9 @@ waits for nothing, but for sizes where a call asks for exact ones. Windows lie i
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,8 +27,20 @@ from torch import Tensor
 from . import _engine
 from .arguments import wrong
 from .device_ring import DeviceRing, limit_ms
-from .errors import ArgumentError, MismatchError, MoeCommError, PeerTimeout
-from .kernel_forward import LINKS, KernelForwarder
+from .errors import ArgumentError, MismatchError, MoeCommError, PeerError, PeerTimeout
+from .kernel_forward import KernelForwarder
+from .kernel_told import (
+    CREDITS,
+    HEADER_BYTES,
+    LINKS,
+    ROWS,
+    TOLD_WORDS,
+    Done,
+    Lanes,
+    Report,
+    Round,
+    Told,
+)  # fmt: skip
 from .kernels import for_device, fused
 from .layout import ROW_ALIGNMENT
 from .memory import Pinned
@@ -37,110 +48,9 @@ from .memory import Pinned
 if TYPE_CHECKING:
     from .buffer import Buffer
 
-HEADER_BYTES = _engine.HEADER_BYTES
-CREDITS, ROWS = 0, 1  # the ring's words, with LINKS
-TOLD_WORDS = 11 + HEADER_BYTES // 8  # headers.cuh: Told
 MAX_REPORTS = 64
 CAPTURED_WORDS = 1 << 21  # for what captured calls tell the host: 16 MiB
 SPIN_S, NAP_S = 200e-6, 50e-6
-
-
-@dataclasses.dataclass
-class Round:
-    """One exchange of a call, as Buffer counts it; and its words on the device, from `begin` on."""
-
-    epochs: list[int] = dataclasses.field(default_factory=list)
-    block: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-    # int64: epoch, the bank's table, staged headers, groups of rows
-    forwarded: Any = None  # what the forwarder was given for it, if there is one
-    own_rounds: int = 1
-    num_rounds: int = 1
-
-
-class Lanes(NamedTuple):
-    """Windows that a kernel writes: tables of their addresses and of the commit words behind them."""
-
-    numbers: Tensor  # int32: those by network first
-    windows: str
-    num_links: int
-    num_local: int
-    commits: str = ""
-
-
-class Told:
-    """headers.cuh's Told, the tables behind it (by source), and apart the epoch: on the device, or the host's copy."""
-
-    def __init__(self, words: Tensor, num_sources: int, epoch: Tensor | None = None):
-        self.words, self._sources, self.epoch = words, num_sources, epoch
-        self.tables = words[TOLD_WORDS:].view(torch.int32)
-
-    @property
-    def identity(self) -> int:
-        """Its address."""
-        return self.words[2:].data_ptr()
-
-    @property
-    def num_rows(self) -> Tensor:
-        """int32 [1]"""
-        return self.words[3:4].view(torch.int32)[:1]
-
-    @property
-    def rows(self) -> Tensor:
-        return self._table(0)
-
-    @property
-    def starts(self) -> Tensor:
-        return self._table(1)
-
-    @property
-    def tokens(self) -> Tensor:
-        return self._table(2)
-
-    @property
-    def verdicts(self) -> Tensor:
-        return self._table(3)
-
-    def _table(self, number: int) -> Tensor:
-        return self.tables[number * self._sources : (number + 1) * self._sources]
-
-    def copies(self, num_counts: int) -> Tensor:
-        """int32 [sources, num_counts]"""
-        first = 4 * self._sources
-        return self.tables[first : first + self._sources * num_counts].view(-1, num_counts)
-
-    @staticmethod
-    def num_words(num_sources: int, num_counts: int) -> int:
-        return TOLD_WORDS + -(-num_sources * (4 + num_counts) // 2)
-
-
-@dataclasses.dataclass(eq=False)
-class Report:
-    """A Told on its way to the host, and how its numbers become an error."""
-
-    what: str  # "dispatch epoch 42"
-    told: Told
-    event: Any  # query()
-    judge: Callable[[Told], None]
-    captured: bool = False  # it comes again, with each replay
-    judged: int = 0  # the epoch of the last one
-
-    def look(self) -> None:
-        """Raises what is wrong, once."""
-        assert self.told.epoch is not None
-        epoch = int(self.told.epoch)
-        if epoch != self.judged:
-            self.judged = epoch
-            self.judge(self.told)
-
-
-class _Done:
-    """The event of a device that is the host."""
-
-    def query(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
 
 
 class KernelExchange:
@@ -153,15 +63,19 @@ class KernelExchange:
         self.kernels = for_device(self.device)
         self._late_s = buffer.config.timeout_s
         self.ring = DeviceRing(
-            buffer.engine, self.device, num_words=3, timeout_s=buffer.config.timeout_s, silent_s=buffer.config.silence_s
+            buffer.engine, self.device, num_words=3, num_times=self.num_ranks, timeout_s=buffer.config.timeout_s,
+            silent_s=buffer.config.silence_s,
         )  # fmt: skip
         self._ring_struct = self.ring.struct
         view = native.open_view()
         self._pinned = [
             (first, size, Pinned(first, size, self.device)) for first, size in view["segments"]
         ]
-        self._waits = {CREDITS: view["credits"], ROWS: view["rows"], LINKS: view["forward"]}
-        # by kind
+        # By word, and whether they are timed; then by kind of call.
+        self._waits = {
+            (CREDITS, False): view["credits"], (ROWS, False): view["rows"], (ROWS, True): view["timed_rows"],
+            (LINKS, False): view["forward"], (LINKS, True): view["timed_forward"],
+        }  # fmt: skip
         self.num_links, self.num_local = len(view["links"]), len(view["local"])
         R, nodes, node_ranks = self.num_ranks, topology.num_nodes, topology.node_ranks
         by_node = buffer.hops == "node" and nodes > 1
@@ -245,6 +159,11 @@ class KernelExchange:
         with torch.cuda.stream(self.stream):
             yield
 
+    def order_behind(self) -> None:
+        """The caller's current stream comes behind what was launched: what was read may be changed there."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
     def used_by_stream(self, *tensors: Tensor | None) -> None:
         """Memory of the caller's, not to be used again before this exchange's stream is done with it."""
         for tensor in tensors:
@@ -255,7 +174,7 @@ class KernelExchange:
         """Memory made here, to be used on the caller's current stream. Returns an event behind all that was launched;
         `ordered`: the current stream is ordered behind it."""
         if self.stream is None:
-            return _Done()
+            return Done()
         current = torch.cuda.current_stream(self.device)
         for tensor in tensors:
             if tensor is not None:
@@ -289,8 +208,8 @@ class KernelExchange:
         self.next_epoch += 1
         begin = fused.Begin(
             next=self._next.data_ptr(), tables=self._tables.data_ptr(), num_words=self._num_words,
-            call=call.block.data_ptr(), ring=self._ring_struct, wait=self._waits[CREDITS][kind], word_idx=CREDITS,
-            timeout_ms=limit_ms(timeout_s), word=self.ring.word_address(CREDITS),
+            call=call.block.data_ptr(), ring=self._ring_struct, wait=self._waits[CREDITS, False][kind],
+            word_idx=CREDITS, timeout_ms=limit_ms(timeout_s), word=self.ring.word_address(CREDITS),
         )  # fmt: skip
         self._launch("moe_comm_begin", begin, num_blocks=1)
         self.ring.stream_wait(CREDITS)
@@ -339,16 +258,20 @@ class KernelExchange:
         kernel = f"moe_comm_combine_send_{fused.DTYPES[dtype]}"
         self._launch(kernel, send, "combine", fields["payload_bytes"])
 
-    def await_rows(self, call: Round, kind: int, timeout_s: float | None) -> None:
+    def await_rows(
+        self, call: Round, kind: int, timeout_s: float | None, timed: bool = False
+    ) -> None:
         if self.forwarder is not None:
             self.forwarder.join(
                 call
             )  # if its wait failed, the ring has ended, and so will this one
-        self.ring.arm(self._waits[ROWS][kind], call.block, ROWS, timeout_s)
+        self.ring.arm(self._waits[ROWS, timed][kind], call.block, ROWS, timeout_s)
         self.ring.stream_wait(ROWS)
 
-    def await_links(self, call: Round, kind: int, timeout_s: float | None) -> None:
-        self.ring.arm(self._waits[LINKS][kind], call.block, LINKS, timeout_s)
+    def await_links(
+        self, call: Round, kind: int, timeout_s: float | None, timed: bool = False
+    ) -> None:
+        self.ring.arm(self._waits[LINKS, timed][kind], call.block, LINKS, timeout_s)
         self.ring.stream_wait(LINKS)
 
     def check_headers(
@@ -356,6 +279,11 @@ class KernelExchange:
         **fields: Any,
     ) -> Told:  # fmt: skip
         """fields: headers.cuh's Check."""
+        wait_ns = fields.pop("wait_ns", None)
+        if wait_ns is not None:
+            fields |= {
+                "times": self.ring.times_address(), "wait_ns": wait_ns.data_ptr(), "num_times": self.num_ranks
+            }  # fmt: skip
         words = self.new((1 + Told.num_words(num_sources, num_counts),), torch.int64).fill_(0)
         told = Told(words[:-1], num_sources, words[-1:])
         check = fused.Check(
@@ -467,7 +395,7 @@ class KernelExchange:
     def report(self, what: str, told: Told, judge: Callable[[Told], None]) -> Report:
         """On the stream: `told` starts for the host; `judge` raises what is wrong with it."""
         if self.stream is None:
-            return Report(what, told, _Done(), judge)
+            return Report(what, told, Done(), judge)
         captured, length = self.capturing(), 1 + len(told.words)
         assert told.epoch is not None
         if captured:  # no memory of the host can be made now
@@ -478,7 +406,7 @@ class KernelExchange:
             words = torch.zeros(length, dtype=torch.int64, pin_memory=True)
         words[:-1].copy_(told.words, non_blocking=True)
         words[-1:].copy_(told.epoch, non_blocking=True)
-        event: Any = _Done()  # what is captured cannot be asked
+        event: Any = Done()  # what is captured cannot be asked
         if not captured:
             event = torch.cuda.Event()
             event.record(self.stream)
@@ -486,17 +414,34 @@ class KernelExchange:
         return Report(what, told, event, judge, captured)
 
     def read(self, report: Report, timeout_s: float) -> Told:
-        """On the host, once it is there. Raises PeerTimeout, and what ended the ring."""
+        """On the host, once it is there. Raises PeerTimeout."""
+        self._wait(report.event, report.what, timeout_s)
+        return report.told
+
+    def _wait(self, event: Any, what: str, timeout_s: float) -> None:
         start = time.monotonic()
-        while not report.event.query():
+        while not event.query():
             waited = time.monotonic() - start
             if waited > timeout_s + self._late_s:
                 raise PeerTimeout(
-                    f"{report.what}, rank {self.rank} waited {waited:.1f} s for its own stream on {self.device} to "
-                    "come to this call"
+                    f"{what}, rank {self.rank} waited {waited:.1f} s for its own stream on {self.device} to come to "
+                    "this call"
                 )
             time.sleep(NAP_S if waited > SPIN_S else 0)
-        return report.told
+
+    def hear_refusals(self, call: Round, kind: int, timeout_s: float | None) -> None:
+        """Of a call that this rank refuses, once its windows came, on the stream: was it alone in that?"""
+        if self.capturing():
+            return
+        epoch = call.block[:1].to("cpu", non_blocking=True)
+        if self.stream is not None:
+            event = torch.cuda.Event()
+            event.record(self.stream)
+            self._wait(event, "a refused call", self.late_s(timeout_s))
+        try:
+            self.native.raise_refusal(kind, int(epoch) % 2**64)
+        except PeerError as refusal:
+            call.refusal = refusal
 
     def leave(self, report: Report) -> None:
         """To be looked at now if it is there, else by a later call (`raise_errors` before it keeps them few)."""

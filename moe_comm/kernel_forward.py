@@ -22,13 +22,11 @@ from . import _engine
 from .dispatch import COMBINE, DISPATCH
 from .group import Topology
 from .handle import Handle
+from .kernel_told import HEADER_BYTES, LINKS, Round
 from .layout import RowFormat, counts_bytes
 
 if TYPE_CHECKING:
-    from .kernel_exchange import KernelExchange, Round
-
-HEADER_BYTES = _engine.HEADER_BYTES
-LINKS = 2  # the ring's word for what a forwarder waits for
+    from .kernel_exchange import KernelExchange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Passed:
     timeout_s: float | None = None
     num_experts: int = 0  # of a fresh dispatch
     max_tokens: int = 0  # likewise
+    timed: bool = False
 
 
 class KernelForwarder:
@@ -81,9 +80,7 @@ class KernelForwarder:
 
     # --- the stream ------------------------------------------------------------------------------
 
-    def begin(
-        self, call: "Round", used: tuple[Tensor | None, ...], work: Callable[[], None]
-    ) -> None:
+    def begin(self, call: Round, used: tuple[Tensor | None, ...], work: Callable[[], None]) -> None:
         """On this forwarder's stream, behind what was launched on the exchange's, which is the current one."""
         if self._thread is not None:
             call.forwarded = self._last = self._thread.submit(work)
@@ -97,7 +94,7 @@ class KernelForwarder:
         call.forwarded = torch.cuda.Event()
         call.forwarded.record(self._stream)
 
-    def join(self, call: "Round") -> None:
+    def join(self, call: Round) -> None:
         """What the exchange's stream, the current one, is given next comes behind it."""
         if self._thread is not None:
             call.forwarded.result()
@@ -120,7 +117,7 @@ class KernelForwarder:
     # --- dispatch --------------------------------------------------------------------------------
 
     def write_headers(
-        self, call: "Round", like: Tensor, routed: Any, num_counts: int, **fields: Any
+        self, call: Round, like: Tensor, routed: Any, num_counts: int, **fields: Any
     ) -> None:
         """Of a fresh dispatch: those for a node say how many rows each of its ranks gets, and copies each expert."""
         exchange, ranks = self.exchange, self._node_ranks
@@ -139,11 +136,11 @@ class KernelForwarder:
             num_counts=num_counts, counts_bytes=self._counts_bytes(num_counts, by_node=False), **fields,
         )  # fmt: skip
 
-    def pass_rows(self, call: "Round", passed: Passed) -> Tensor:
+    def pass_rows(self, call: Round, passed: Passed) -> Tensor:
         """A dispatch's rows. Returns the table for its handle: [links · max_tokens, G] int32."""
         exchange, row, handle = self.exchange, passed.row, passed.handle
         links, ranks = exchange.num_links, self._node_ranks
-        exchange.await_links(call, DISPATCH, passed.timeout_s)
+        exchange.await_links(call, DISPATCH, passed.timeout_s, passed.timed)
         heads = {"head_bytes": HEADER_BYTES, "to_head_bytes": HEADER_BYTES}
         if handle is not None:
             table, sent, here = self._of_handle(handle)
@@ -171,7 +168,7 @@ class KernelForwarder:
         return table.view(-1, ranks)
 
     def _number_rows(
-        self, call: "Round", told: Any, passed: Passed, counts: Tensor, head_bytes: int, num_counts: int
+        self, call: Round, told: Any, passed: Passed, counts: Tensor, head_bytes: int, num_counts: int
     ) -> Tensor:  # fmt: skip
         """[links, max_tokens, G]: the number of each link's row for each rank of the node. `counts` [links, G]."""
         exchange, row, most = self.exchange, passed.row, passed.max_tokens
@@ -192,7 +189,7 @@ class KernelForwarder:
         before = counts.cumsum(0, dtype=torch.int32) - counts  # rows of other links
         return torch.where(rows >= 0, rows - before[:, None], -1)
 
-    def _pass_headers(self, call: "Round", told: Any, passed: Passed, **fields: Any) -> None:
+    def _pass_headers(self, call: Round, told: Any, passed: Passed, **fields: Any) -> None:
         exchange = self.exchange
         exchange.pass_on(
             call, sources=exchange.at(call, "link_in"), verdicts=told.verdicts.data_ptr(),
@@ -203,7 +200,7 @@ class KernelForwarder:
 
     # --- combine ---------------------------------------------------------------------------------
 
-    def add_rows(self, call: "Round", passed: Passed, dtype: torch.dtype, columns: bool) -> None:
+    def add_rows(self, call: Round, passed: Passed, dtype: torch.dtype, columns: bool) -> None:
         """A combine's sums for the rail peers."""
         exchange, row, handle = self.exchange, passed.row, passed.handle
         assert handle is not None
@@ -233,7 +230,7 @@ class KernelForwarder:
 
     # --- a rank that refuses ---------------------------------------------------------------------
 
-    def refuse(self, call: "Round", kind: int, passed: Passed) -> None:
+    def refuse(self, call: Round, kind: int, passed: Passed) -> None:
         """It passes the others' headers on, and its own text to rail peers; no rows."""
         exchange = self.exchange
         exchange.await_links(call, kind, passed.timeout_s)

@@ -127,11 +127,13 @@ def staged(
     updates: tuple[str, ...] = (),
     keeps: tuple[int, ...] = (),
     order: Callable[[Any], None] | None = None,
+    where: Callable[[Any], Any] = lambda self: getattr(self, "device", None),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Lets a method of an object with a `runtime` (a Buffer) or `timeouts` take CUDA tensors.
 
     first: its first argument's name. fills, updates: tensors it writes; `updates` are read, too. keeps: which of a
     tuple of results stay on the host. order: orders the current stream behind an argument called previous_event….
+    where: the device whose tensors the method takes as they are.
     """
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,8 +142,7 @@ def staged(
         @functools.wraps(method)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             device = device_of(args[0] if args else kwargs.get(first))
-            owner = getattr(self, "runtime", self)
-            if device is None or device == getattr(owner, "device", None):
+            if device is None or device == where(self):
                 return method(self, *args, **kwargs)
             say_mode(device.type)
             bound = signature.bind(self, *args, **kwargs)
@@ -194,8 +195,12 @@ class _Stage:
             for name in names:
                 value = arguments[name]
                 host = arguments[name] = self._take(name, value, copied=name not in fills)
-                if name in fills + updates and isinstance(value, Tensor):
-                    self.pairs[id(host)] = (host, value)
+                if name in fills + updates:
+                    of_one = isinstance(value, Tensor)
+                    for near, far in (
+                        ((host, value),) if of_one else zip(host or (), value or (), strict=True)
+                    ):
+                        self.pairs[id(near)] = (near, far)
             self._wait(_limit_s(owner, arguments))
         except (RuntimeError, TypeError, ValueError) as error:  # the device's own errors, too
             raise _Refused(f"{self.device} failed: {error}") from error

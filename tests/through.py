@@ -50,7 +50,7 @@ def to_host(value):
 def wrap(method, kind):
     @functools.wraps(method)
     def call(self, first, *args, **kwargs):
-        out = kwargs.get("out")
+        out = kwargs.get("out") if method.__name__ == "combine" else None
         args = [
             to_device(first, kind),
             *(a if isinstance(a, tuple) else to_device(a, kind) for a in args),
@@ -110,7 +110,9 @@ def install_kernels():
 
     @functools.wraps(make)
     def init(self, group=None, *, hops="node", ranks_per_node=None, max_tokens=None, **options):
-        if not options.get("mask_lost") and not options.get("window_bytes"):
+        if not any(options.get(name) for name in ("mask_lost", "window_bytes")) | (
+            "device" in options
+        ):
             options["device"], max_tokens = "cpu", max_tokens or MOST_TOKENS
             options |= {
                 "each_copy": True,

@@ -114,6 +114,7 @@ class ElasticBuffer:
         least = _size(self.num_ranks, LEAST_TOKENS, hidden, num_topk)
         self.runtime: core.Buffer | None = core.Buffer(
             self._group,
+            device="",
             hidden=hidden,
             topk=num_topk,
             num_experts=MAX_EXPERTS,

@@ -157,6 +157,7 @@ class HybridEPBuffer:
         budget = WindowConfig.resolve().window_bytes
         self.runtime = core.Buffer(
             self._group,
+            device="",
             hidden=hidden_dim,
             topk=USUAL_TOPK,
             num_experts=num_ranks * num_local_experts,

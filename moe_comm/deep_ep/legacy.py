@@ -12,7 +12,9 @@ may be used in any order; nothing has to be cleaned in between.
   a collective call raise PeerError with its text, and the next call works. A lost peer raises PeerLost, a late one
   PeerTimeout.
 - On the CPU a call is done when it returns; events exist and behave. `event.event` is None unless async_finish.
-- CUDA tensors are staged through the host (staging.py); the tables of a normal handle stay there.
+- CUDA tensors are staged through the host (staging.py); the tables of a normal handle stay there. With
+  MOE_COMM_DEVICE=cuda low-latency calls are kernels instead (kernel_exchange.py): nothing waits for the host, and they
+  can be captured in a graph once a call of their sizes was made; without enable_shrink and the stats of waits.
 - With enable_shrink, low-latency calls go on without a rank that is lost or late (MOE_COMM_TIMEOUT_S,
   MOE_COMM_SILENCE_S): a warning is logged, its mask is 1, it has no tokens, tokens for its experts are dropped, and
   what it owed is left out of sums. Normal mode has no masks, as in DeepEP: there, a lost peer ends the Buffer.
@@ -112,11 +114,14 @@ class Buffer:
         # Clients compare sizes with what they need and make another Buffer: sizes that differ would part the ranks.
         agreed = {
             **sizes, "low_latency_mode": self.low_latency_mode, "enable_shrink": self.enable_shrink,
+            "MOE_COMM_DEVICE": torch.device(WindowConfig.resolve().device or "cpu").type,
         }  # fmt: skip
         found = survey(self._group, WindowConfig.resolve().ranks_per_node, agreed)
         hops = "rank" if found.topology.num_nodes == 1 else "node"
-        self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops)
-        self._low_latency = LowLatency(self.runtime, self.enable_shrink)
+        self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops, device="")
+        # Ranks that are masked cannot be waited for by kernels.
+        device = "" if self.enable_shrink else WindowConfig.resolve().device
+        self._low_latency = LowLatency(self.runtime, self.enable_shrink, device)
         self._scratch: dict[bool, Tensor] = {}
         self._device_rows: Tensor | None = (
             None  # stand for those of get_next_low_latency_combine_buffer
@@ -324,7 +329,10 @@ class Buffer:
 
     # --- low-latency mode ------------------------------------------------------------------------
 
-    @staged("x", updates=("cumulative_local_expert_recv_stats", "dispatch_wait_recv_cost_stats"))
+    @staged(
+        "x", updates=("cumulative_local_expert_recv_stats", "dispatch_wait_recv_cost_stats"),
+        where=lambda self: self._low_latency.windows.where,
+    )  # fmt: skip
     def low_latency_dispatch(
         self,
         x: Tensor,
@@ -374,7 +382,10 @@ class Buffer:
         )  # fmt: skip
         return packed, count, handle, _event(async_finish), hook
 
-    @staged("x", fills=("out",), updates=("combine_wait_recv_cost_stats",))
+    @staged(
+        "x", fills=("out",), updates=("combine_wait_recv_cost_stats",),
+        where=lambda self: self._low_latency.windows.where,
+    )  # fmt: skip
     def low_latency_combine(
         self,
         x: Tensor,
@@ -415,7 +426,7 @@ class Buffer:
         their own. It is that combine's until the call returns, then the next one's."""
         rows = self._check_low_latency().next_combine_rows(handle)
         device = device_of(handle)
-        self._device_rows = None if device is None else new_on(device, rows)
+        self._device_rows = None if device in (None, rows.device) else new_on(device, rows)
         return rows if self._device_rows is None else self._device_rows
 
     def clean_low_latency_buffer(

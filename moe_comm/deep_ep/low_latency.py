@@ -4,8 +4,12 @@ Over one `moe_comm.Buffer` with hops="rank", made at the first call and made aga
 
 Sums: float32 fused multiply-add in top-k order at the source, rounded once. LogFMT changes the values as DeepEP's wire
 format would; the bytes that travel are those of x still.
+
+With a `device` (MOE_COMM_DEVICE) that Buffer's calls are kernels: tensors lie there, the host knows none of their
+numbers and waits for nothing, so calls can be captured once a call made windows of their size.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +20,9 @@ from ..arguments import Found, wrong
 from ..buffer import Buffer
 from ..dispatch import COMBINE, DISPATCH, Dispatched
 from ..handle import Handle
+from ..kernel_told import Told
 from ..kernels.quant import GROUP
+from ..memory import new_tensor
 from .normal import check_topk_idx
 from .quant import cast_to_fp8, through_logfmt
 from .refuse import WRONG
@@ -40,9 +46,9 @@ class Ticket:
 class LowLatency:
     """The low-latency half of one `deep_ep.Buffer`."""
 
-    def __init__(self, normal: Buffer, mask_lost: bool = False):
+    def __init__(self, normal: Buffer, mask_lost: bool = False, device: str = ""):
         self.group = normal.group
-        self.windows = Windows(normal, mask_lost)
+        self.windows = Windows(normal, mask_lost, device)
         self._combine_rows: Tensor | None = None
 
     def close(self) -> None:
@@ -88,15 +94,20 @@ class LowLatency:
 
         def exchange(buffer: Buffer) -> Any:
             return buffer.dispatch(
-                payload, idx, num_experts=num_experts, layout="padded", capacity=capacity,
-                wait_ns=cost_stats, async_op="hook" if hook else None,
+                payload, idx, num_experts=num_experts, layout="padded", capacity=capacity, max_tokens=max_tokens,
+                wait_ns=cost_stats, out=dense, async_op="hook" if hook else None,
             )  # fmt: skip
 
+        dense: Any = None
+        packed: Any = None
+        if error is None:
+            dense, packed = _outputs(payload, local, capacity)
         got = self.windows.call(DISPATCH, sizes, error, exchange)
         ticket = Ticket()
-        src_info = torch.full((local, capacity), -1, dtype=torch.int32)
-        layout_range = torch.zeros((local, self.group.num_ranks), dtype=torch.int64)
-        recv_count = torch.zeros(local, dtype=torch.int32)
+        new = functools.partial(torch.zeros, device=x.device)
+        src_info = new((local, capacity), dtype=torch.int32).fill_(-1)
+        layout_range = new((local, self.group.num_ranks), dtype=torch.int64)
+        recv_count = new(local, dtype=torch.int32)
         handle = (src_info, layout_range, max_tokens, x.shape[1], num_experts, ticket)
 
         def settle(result: Dispatched) -> None:
@@ -105,17 +116,19 @@ class LowLatency:
             fill_sources(result.handle, src_info, layout_range)
             if stats is not None:
                 stats.add_(recv_count)
+            if isinstance(packed, tuple):
+                _copy_rows(
+                    dense[1], packed[1], None if self.windows.device else recv_count.tolist()
+                )
 
         if not hook:
             settle(got)
-            return _column_major(got.x), recv_count, handle, None
-        packed = _outputs(payload, local, capacity)
+            return packed, recv_count, handle, None
 
         def receive() -> None:
             if not got.done:
                 self.windows.receive(got, sizes)
                 settle(got.result)
-                _copy_rows(got.result.x, packed, recv_count.tolist())
                 got.result = None
 
         return packed, recv_count, handle, receive
@@ -189,7 +202,7 @@ class LowLatency:
             raise wrong("x", f"[{places[0]}, {places[1]}, H]", x)
         shape = (handle.num_tokens, x.shape[2])
         if out is None:
-            out = torch.empty(shape, dtype=x.dtype)
+            out = torch.empty(shape, dtype=x.dtype, device=x.device)
         elif not (out.shape == shape and out.dtype == x.dtype and out.is_contiguous()):
             raise wrong("out", f"{x.dtype} {shape}, contiguous", out)
         y = x.detach()
@@ -201,9 +214,12 @@ class LowLatency:
             y = self._combine_rows
         if use_logfmt:
             rows = y.reshape(-1, x.shape[2])
-            used = handle.positions[handle.positions >= 0].long()
-            y = torch.empty_like(rows)
-            y[used] = through_logfmt(rows[used])
+            if not self.windows.device:
+                used = handle.positions[handle.positions >= 0].long()
+                y = torch.empty_like(rows)
+                y[used] = through_logfmt(rows[used])
+            else:  # all of them, as nobody asks how many are used
+                y = through_logfmt(rows)
             y = y.view(x.shape)
         return {
             "y": y, "handle": handle, "topk_idx": check_topk_idx(topk_idx), "source_weights": topk_weights,
@@ -221,7 +237,8 @@ class LowLatency:
             hidden = handle[3]
             stride = hidden + 2 * -(-hidden // GROUP)
             stride += -stride % 8  # whole rows of 16 bytes
-            flat = torch.zeros(shape[0] * shape[1] * stride, dtype=torch.bfloat16)
+            where = handle[0].device if self.windows.device else None
+            flat = torch.zeros(shape[0] * shape[1] * stride, dtype=torch.bfloat16, device=where)
             self._combine_rows = flat.as_strided(shape, (shape[1] * stride, stride, 1))
         return self._combine_rows
 
@@ -332,6 +349,17 @@ def fill_sources(handle: Handle, src_info: Tensor, layout_range: Tensor) -> None
     num_local, num_ranks = layout_range.shape
     if not num_local or not handle.num_recv_rows:
         return
+    if len(handle.told):  # on a device
+        slots = -(-handle.num_experts // num_ranks)
+        counts = Told(handle.told, num_ranks).copies(slots)[:, :num_local].t().long()
+        layout_range.copy_(((counts.cumsum(1) - counts) << 32) + counts)
+        none = src_info.numel()
+        place = torch.where(handle.positions >= 0, handle.positions, none).long()
+        tokens = handle.recv_tokens[:, None].expand(place.shape)
+        found = torch.cat([src_info.view(-1), src_info.new_full((1,), -1)])
+        found.scatter_(0, place.reshape(-1), tokens.reshape(-1))
+        src_info.view(-1).copy_(found[:none])
+        return
     source = torch.repeat_interleave(torch.arange(num_ranks), torch.tensor(handle.totals))
     row, lane = (handle.positions >= 0).nonzero(as_tuple=True)
     place = handle.positions[row, lane].long()
@@ -341,29 +369,25 @@ def fill_sources(handle: Handle, src_info: Tensor, layout_range: Tensor) -> None
     layout_range.copy_(((counts.cumsum(1) - counts) << 32) + counts)
 
 
-def _outputs(payload: Any, num_local: int, capacity: int) -> Any:
-    """Zeros of the shapes and strides of what a dispatch of `payload` returns."""
-    if isinstance(payload, tuple):
-        rows, scales = payload
-        flat = torch.zeros((num_local, scales.shape[1], capacity), dtype=scales.dtype)
-        return _outputs(rows, num_local, capacity), flat.transpose(1, 2)
-    return torch.zeros((num_local, capacity, payload.shape[1]), dtype=payload.dtype)
+def _outputs(payload: Any, num_local: int, capacity: int) -> tuple[Any, Any]:
+    """What a dispatch of `payload` writes, and what is returned of it: scales [L, P, S] are stored as [L, S, P]."""
+    rows, scales = payload if isinstance(payload, tuple) else (payload, None)
+    out = _new(rows, (num_local, capacity, rows.shape[1]))
+    if scales is None:
+        return out, out
+    dense = _new(scales, (num_local, capacity, scales.shape[1]))
+    flat = _new(scales, (num_local, scales.shape[1], capacity))
+    return (out, dense), (out, flat.transpose(1, 2))
 
 
-def _column_major(packed: Any) -> Any:
-    """A pair (rows, scales [L, P, S]) with scales stored as [L, S, P]; rows alone as they are."""
-    if not isinstance(packed, tuple):
-        return packed
-    rows, scales = packed
-    flat = scales.new_empty((scales.shape[0], scales.shape[2], scales.shape[1]))
-    return rows, flat.transpose(1, 2).copy_(scales)
+def _new(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return new_tensor(shape, like.dtype) if like.is_cpu else like.new_empty(shape)
 
 
-def _copy_rows(source: Any, target: Any, counts: list[int]) -> None:
-    """Each expert's received rows."""
-    if isinstance(source, tuple):
-        for part, into in zip(source, target, strict=True):
-            _copy_rows(part, into, counts)
+def _copy_rows(source: Tensor, target: Tensor, counts: list[int] | None) -> None:
+    """Each expert's received rows; all where nobody knows how many they are."""
+    if counts is None:
+        target.copy_(source)
         return
     for expert, count in enumerate(counts):
         target[expert, :count].copy_(source[expert, :count])

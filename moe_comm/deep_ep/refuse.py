@@ -60,7 +60,7 @@ def take_part(buffer: Buffer, kind: int, text: str) -> PeerError | None:
     made: list[PendingDispatch | PendingCombine] = []
 
     def refused(buffer: Buffer, request: Any) -> PendingDispatch | PendingCombine:
-        pending = (PendingCombine if kind == COMBINE else PendingDispatch)(buffer, request)
+        pending = buffer._calls()[kind == COMBINE](buffer, request)
         pending.refuse(text)
         made.append(pending)
         return pending

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..buffer import Buffer
+from ..buffer import Buffer, device_named
 from ..errors import ArgumentError, MismatchError, PeerError, PeerLost
 from ..event import Hook
 from ..layout import RowFormat
@@ -61,11 +61,12 @@ class Sizes:
 
 
 class Windows:
-    """The present Buffer, and smaller ones whose hooks are open. `mask_lost`: NOTE [masks]."""
+    """The present Buffer, and smaller ones whose hooks are open; all of `device`. `mask_lost`: NOTE [masks]."""
 
-    def __init__(self, normal: Buffer, mask_lost: bool = False):
+    def __init__(self, normal: Buffer, mask_lost: bool = False, device: str = ""):
         self.group = normal.group
-        self.mask_lost = mask_lost
+        self.mask_lost, self.device = mask_lost, device
+        self.where = device_named(device) if device else None
         self._normal = normal  # knows who ended before there are windows
         self._num_agreements = 0
         self._masked: set[int] = set()  # as far as was told, or asked for
@@ -204,7 +205,7 @@ class Windows:
         self.buffer = Buffer(
             self.group, hops="rank", max_tokens=sizes.tokens, topk=sizes.topk, num_experts=sizes.experts,
             hidden=sizes.hidden_bytes, dtype=torch.uint8, each_copy=True,
-            window_bytes=sizes.window_bytes(num_ranks), mask_lost=self.mask_lost,
+            window_bytes=sizes.window_bytes(num_ranks), mask_lost=self.mask_lost, device=self.device,
         )  # fmt: skip
         for rank in self._masked:
             self.buffer.mask(rank)

@@ -1,5 +1,7 @@
 """deep_ep.Buffer, low-latency mode, in real processes over gloo: the contract against plain torch, bit for bit."""
 
+import time
+
 import pytest
 import torch
 from deep_ep_oracle import (
@@ -171,6 +173,8 @@ def check_stats(rank, group, num_ranks, store, node_of):
     stats = torch.full((2,), 5, dtype=torch.int32)
     waits, sums = torch.zeros(2, num_ranks, dtype=torch.int64)
     for hook_wanted in (False, True):
+        if rank == 0:
+            time.sleep(0.2)  # the others wait for it
         _, count, handle, _, hook = send(
             buffer,
             case,
@@ -183,12 +187,14 @@ def check_stats(rank, group, num_ranks, store, node_of):
             hook()
     assert same(stats, 5 + 2 * count)
     assert count.sum() > 0
-    assert (waits > 0).all()
+    assert (waits >= 0).all() and (rank == 0 or waits[0] > 0)
     ys, _ = results_of(case, rank)
+    if rank == 1:
+        time.sleep(0.2)
     buffer.low_latency_combine(
         ys[rank], case.idx[rank], case.weights[rank], handle, combine_wait_recv_cost_stats=sums
     )
-    assert (sums > 0).all()
+    assert (sums >= 0).all() and (rank == 1 or sums[1] > 0)
 
 
 def test_stats_accumulate(world):

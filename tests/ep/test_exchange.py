@@ -159,6 +159,42 @@ def test_cached_dispatch(run_threads, hops, layout):
     run_threads(body, 4, ranks_per_node=2, hops=hops, window_bytes=32 * 1024, **SMALL)
 
 
+@pytest.mark.parametrize("hops", ["node", "rank"])
+@pytest.mark.parametrize("scales", [None, "row-major"])
+@pytest.mark.parametrize("async_op", [None, "hook"])
+def test_into_given_memory(run_threads, request, hops, scales, async_op):
+    """Also of a cached dispatch. What lies behind the counts is nobody's."""
+    case = make_case(4, layout="padded", topk=3, num_experts=8, tokens=[7, 0, 12, 3], scales=scales)
+    want = expected(case)
+    moved = request.config.getoption("--through") == "far"  # there and back
+
+    def check(got, out, rank, factor):
+        if async_op:
+            got()
+            got = got.result
+        parts = got.x if scales else (got.x,)
+        wants = [want.x[rank] * factor] + ([want.scales[rank]] if scales else [])
+        for part, place, right in zip(parts, out, wants, strict=True):
+            assert moved or part.data_ptr() == place.data_ptr()
+            for expert, count in enumerate(want.tokens_per_expert[rank].tolist()):
+                assert same(part[expert, :count], right[expert, :count])
+        return got.handle
+
+    def body(buffer, rank):
+        out = [torch.full(want.x[rank].shape, 7.0, dtype=torch.bfloat16)]
+        x = case.xs[rank] * 2
+        if scales:
+            out.append(torch.full(want.scales[rank].shape, 7.0))
+            x = (x, case.scales[rank])
+        into = {"out": tuple(out) if scales else out[0], "async_op": async_op}
+        for _ in range(2):
+            handle = check(dispatch(buffer, case, rank, **into), out, rank, 1)
+            check(buffer.dispatch(x, handle=handle, layout="padded", **into), out, rank, 2)
+
+    sizes = {**SMALL, "hidden": 128}  # scales need room, too
+    run_threads(body, 4, hops=hops, ranks_per_node=2, max_tokens=12, **sizes)
+
+
 def test_single_rows_pass_bit_for_bit(run_threads):
     """One term is not touched: -0.0, NaN payloads and subnormals survive; so the sum starts with its first term."""
     bits = torch.tensor(

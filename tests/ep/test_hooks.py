@@ -169,7 +169,6 @@ def test_events(run_threads):
     run_threads(body, 4, **OPTIONS)
 
 
-@pytest.mark.loops("kernels do not time their waits")
 @pytest.mark.parametrize("hops", ["node", "rank"])
 @pytest.mark.parametrize("late, async_op", [(1, None), (3, None), (1, "hook")])
 def test_waits_are_timed_for_each_rank(run_threads, hops, late, async_op):

@@ -70,6 +70,17 @@ DISPATCHES = {
     "num_experts": (wrong_x(num_experts=0), "num_experts: expected an int >= 1, got 0"),
     "scales": (wrong_x(x=lambda x: (x, torch.ones(2, 4))), "x[1]: expected scales [3, S]"),
     "padded without capacity": (wrong_x(layout="padded"), "capacity: expected an int, or a Buffer with max_tokens"),
+    "out of another layout": (wrong_x(out=torch.zeros(1, 64)), "out: expected None unless layout is 'padded'"),
+    "out": (
+        wrong_x(layout="padded", capacity=2048, out=torch.zeros(2, 2048, 32).bfloat16()),
+        "out: expected bfloat16 (2, 2048, 64), contiguous, on the CPU",
+    ),
+    "out, one of a pair": (
+        wrong_x(
+            layout="padded", capacity=2048, x=lambda x: (x, torch.ones(3, 2)), out=torch.zeros(2, 2048, 64).bfloat16()
+        ),
+        "out: expected a pair if x is one",
+    ),
     "meta device": (wrong_x(x=lambda x: x.to("meta")), "x: expected a CPU or CUDA tensor"),
 }  # fmt: skip
 

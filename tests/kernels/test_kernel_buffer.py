@@ -18,9 +18,11 @@ from moe_comm import (
     PeerLost,
     TransportError,
     _engine,
+    deep_ep,
     kernel_exchange,
     reference,
 )
+from moe_comm.deep_ep.quant import cast_from_fp8
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ep"))
 from cases import check_dispatched, dispatch, expected, make_case, node_list, same
@@ -275,6 +277,46 @@ def test_captured(run_ranks):
     run_ranks(_captured, 2)
 
 
+def _captured_low_latency(rank, group, use_fp8):
+    """DeepEP's low-latency pair in a graph, replayed with other tokens and routing, against the same calls eager."""
+    cases = [make_case(2, tokens=[8, 8], seed=s, none=0.3, hidden=512) for s in range(4)]
+    buffer = deep_ep.Buffer(group, low_latency_mode=True, explicitly_destroy=True)
+    static = [t.cuda() for t in (cases[0].xs[rank], cases[0].idx[rank], cases[0].weights[rank])]
+
+    def call(x, idx, weights):
+        packed, count, handle, _, hook = buffer.low_latency_dispatch(
+            x, idx, 8, 7, use_fp8=use_fp8, return_recv_hook=True
+        )
+        hook()
+        rows = cast_from_fp8(*packed) if use_fp8 else packed
+        y, _, hook = buffer.low_latency_combine(rows, idx, weights, handle, return_recv_hook=True)
+        hook()
+        return count, handle[0], handle[1], y
+
+    call(*static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = call(*static)
+    for case in cases * 2:
+        now = [t[rank].cuda() for t in (case.xs, case.idx, case.weights)]
+        for target, value in zip(static, now, strict=True):
+            target.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        found = [t.cpu() for t in outs]
+        for one, other in zip(call(*now), found, strict=True):
+            assert torch.equal(one.cpu(), other)
+    buffer.destroy()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_fp8", [False, True])
+def test_captured_low_latency(run_ranks, use_fp8, monkeypatch):
+    monkeypatch.setenv("MOE_COMM_DEVICE", "cuda")
+    run_ranks(_captured_low_latency, 2, use_fp8)
+
+
 # --- what it cannot do ---------------------------------------------------------------------------
 
 
@@ -291,8 +333,6 @@ def _refused(rank, group, library):
     with moe_comm.Buffer(group, device="cpu", max_tokens=8, **SIZES) as buffer:
         case = make_case(2, tokens=[5, 3], num_experts=8)
         got = dispatch(buffer, case, rank)
-        with pytest.raises(ArgumentError, match="wait_ns: expected None on cpu"):
-            buffer.combine(got.x, got.handle, wait_ns=torch.zeros(2, dtype=torch.int64))
         wide = torch.zeros(8, 512, dtype=torch.bfloat16)
         with pytest.raises(ArgumentError, match=r"x: expected at most . tokens of such rows"):
             buffer.dispatch(wide, case.idx[rank].new_zeros(8, 1), num_experts=8)

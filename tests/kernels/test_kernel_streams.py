@@ -13,7 +13,8 @@ import torch
 from host_device import run_on_host
 
 import moe_comm
-from moe_comm import ArgumentError, MismatchError, kernel_exchange, reference
+from moe_comm import ArgumentError, MismatchError, deep_ep, kernel_exchange, reference
+from moe_comm.deep_ep.quant import cast_from_fp8
 from moe_comm.kernels import fused
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ep"))
@@ -75,17 +76,34 @@ def cuda(library, monkeypatch):
     return pretended
 
 
-def on_ranks(cuda, body):
+def on_streams(cuda, buffer):
+    kernels = buffer.kernels
+    kernels.stream = cuda.Stream(cuda)
+    kernels._captured_words = torch.zeros(kernel_exchange.CAPTURED_WORDS, dtype=torch.int64)
+    if kernels.forwarder is not None:
+        kernels.forwarder._thread.shutdown()
+        kernels.forwarder._thread, kernels.forwarder._stream = None, cuda.Stream(cuda)
+
+
+def on_ranks(cuda, body, **options):
     """body(buffer, rank) of two threads; Buffers have streams."""
+
+    def with_buffer(group, rank):
+        options.setdefault("timeout_s", 10)
+        with moe_comm.Buffer(group, device="cpu", **SIZES, **options) as buffer:
+            on_streams(cuda, buffer)
+            body(buffer, rank)
+
+    on_threads(with_buffer)
+
+
+def on_threads(body):
+    """body(group, rank) of two threads."""
     errors, groups = [], moe_comm.EPGroup.threads(2)
-    words = torch.zeros(2, kernel_exchange.CAPTURED_WORDS, dtype=torch.int64)
 
     def run(rank):
         try:
-            with moe_comm.Buffer(groups[rank], device="cpu", timeout_s=10, **SIZES) as buffer:
-                buffer.kernels.stream = cuda.Stream(cuda)
-                buffer.kernels._captured_words = words[rank]
-                body(buffer, rank)
+            body(groups[rank], rank)
         except BaseException as error:  # to be raised by the test
             errors.append(error)
 
@@ -98,12 +116,12 @@ def on_ranks(cuda, body):
         raise errors[0]
 
 
-def combined(want, hops="node"):
+def combined(want, hops="node", node_of=(0, 0)):
     weights = (
         None if want.x[0].dim() == 2 and want.topk_weights[0].dim() == 2 else want.topk_weights
     )
     return reference.combine(
-        want.x, want.bookkeeping, weights=weights, node_of=[0, 0], hops=hops
+        want.x, want.bookkeeping, weights=weights, node_of=list(node_of), hops=hops
     ).x  # fmt: skip
 
 
@@ -128,9 +146,84 @@ def test_streams(cuda, layout, async_op):
 
     on_ranks(cuda, body)
     halves = 2 * 3 * 2  # two ranks, two calls: sent, headers, rows
-    assert cuda.called.count("the exchange's stream waits") == halves
+    behind = 2 * (async_op == "hook")  # the caller's stream, behind what read its x
+    assert cuda.called.count("the exchange's stream waits") == halves + behind
     ends = 4 if async_op != "event" else 2  # an event leaves it to who asked for it
     assert cuda.called.count("the caller's stream waits") == ends
+
+
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
+def test_between_nodes(cuda, hook, captures):
+    """The forwarder's stream comes behind what is sent, and before what is received."""
+    case = make_case(2, layout="padded", tokens=[8, 5])
+    want = expected(case)
+
+    def body(buffer, rank):
+        cuda.captures = captures
+        x = case.xs[rank].clone()
+        now = type(case)(**{**vars(case), "xs": [x, x]})
+        got = dispatch(buffer, now, rank, async_op="hook" if hook else None)
+        if hook:
+            x.fill_(1)  # it was read
+            got()
+            got = got.result
+        check_dispatched(got, want, rank)
+        y = buffer.combine(got.x, got.handle, weights=got.topk_weights)
+        assert same(y, combined(want, node_of=(0, 1))[rank])
+
+    on_ranks(cuda, body, ranks_per_node=1)
+    # Two ranks, two calls: sent, headers, rows; the forwarder's; and, behind a hooked send, the caller's.
+    assert cuda.called.count("the exchange's stream waits") == 2 * (3 * 2 + 2) + 2 * hook
+    assert cuda.called.count("the caller's stream waits") == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("use_fp8", [False, True])
+def test_captured_low_latency(cuda, monkeypatch, use_fp8):
+    """Nothing asks the host for numbers, once a call made the windows."""
+    monkeypatch.setenv("MOE_COMM_DEVICE", "cpu")
+    monkeypatch.setenv("MOE_COMM_TIMEOUT_S", "10")
+    gate = threading.Barrier(2)
+    idx = [torch.tensor([[0, 3, 1], [2, -1, 1]]), torch.tensor([[3, 2, 0]])]
+    xs = [torch.randn(len(i), 512).bfloat16() for i in idx]
+    weights = [torch.rand(i.shape) for i in idx]
+    asked = []
+
+    def with_buffer(group, rank):
+        buffer = deep_ep.Buffer(group, low_latency_mode=True, explicitly_destroy=True)
+
+        def call():
+            packed, count, handle, _, hook = buffer.low_latency_dispatch(
+                xs[rank], idx[rank], 4, 4, use_fp8=use_fp8, return_recv_hook=True
+            )
+            hook()
+            rows = cast_from_fp8(*packed) if use_fp8 else packed
+            y, _, hook = buffer.low_latency_combine(
+                rows, idx[rank], weights[rank], handle, return_recv_hook=True
+            )
+            hook()
+            return count, handle[0], handle[1], y
+
+        eager = call()
+        on_streams(cuda, buffer._low_latency.windows.buffer)
+        gate.wait(10)
+        cuda.captures = True
+        for name in ("tolist", "item", "nonzero", "__bool__", "__int__"):
+            plain = getattr(torch.Tensor, name)
+            monkeypatch.setattr(
+                torch.Tensor,
+                name,
+                lambda self, *a, n=name, p=plain, **kw: asked.append(n) or p(self, *a, **kw),
+            )
+        captured = call()
+        gate.wait(10)
+        monkeypatch.undo()
+        for one, other in zip(eager, captured, strict=True):
+            assert torch.equal(one, other)
+        buffer.destroy()
+
+    on_threads(with_buffer)
+    assert not asked
 
 
 @pytest.mark.parametrize(
