@@ -26,6 +26,18 @@ from .forward import (
     forward_torch,
     forward_triton,
 )
+from .lanes import (
+    Copies,
+    Lanes,
+    copy_offsets_torch,
+    copy_offsets_triton,
+    lane_numbers_torch,
+    lane_numbers_triton,
+    lane_offsets_torch,
+    lane_offsets_triton,
+    source_ranges_torch,
+    source_ranges_triton,
+)
 from .pack import pack_torch, pack_triton
 from .quant import (
     cast_from_fp8_torch,
@@ -78,6 +90,10 @@ class Kernels(NamedTuple):
     row_offsets: Callable[..., Tensor]
     reduce: Callable[..., None]
     lane_columns: Callable[..., Tensor]
+    lane_numbers: Callable[..., Lanes]
+    lane_offsets: Callable[..., Tensor]
+    copy_offsets: Callable[..., Copies]
+    source_ranges: Callable[..., None]
     cast_to_fp8: Callable[..., tuple[Tensor, Tensor]]
     cast_from_fp8: Callable[..., None]
     through_logfmt: Callable[..., None]
@@ -97,6 +113,10 @@ TORCH = Kernels(
     row_offsets=row_offsets_torch,
     reduce=reduce_torch,
     lane_columns=lane_columns_torch,
+    lane_numbers=lane_numbers_torch,
+    lane_offsets=lane_offsets_torch,
+    copy_offsets=copy_offsets_torch,
+    source_ranges=source_ranges_torch,
     cast_to_fp8=cast_to_fp8_torch,
     cast_from_fp8=cast_from_fp8_torch,
     through_logfmt=through_logfmt_torch,
@@ -116,6 +136,10 @@ TRITON = Kernels(
     row_offsets=row_offsets_triton,
     reduce=reduce_triton,
     lane_columns=lane_columns_triton,
+    lane_numbers=lane_numbers_triton,
+    lane_offsets=lane_offsets_triton,
+    copy_offsets=copy_offsets_triton,
+    source_ranges=source_ranges_triton,
     cast_to_fp8=cast_to_fp8_triton,
     cast_from_fp8=cast_from_fp8_triton,
     through_logfmt=through_logfmt_triton,
@@ -151,4 +175,6 @@ def for_device(device: torch.device | str) -> Kernels:
     return TORCH if kind == "cpu" else TRITON
 
 
-__all__ = ["Kernels", "CUDA", "TORCH", "TRITON", "for_device", "Forwarded", "Placed", "Routed"]
+__all__ = [
+    "Kernels", "CUDA", "TORCH", "TRITON", "for_device", "Copies", "Forwarded", "Lanes", "Placed", "Routed",
+]  # fmt: skip

@@ -83,6 +83,7 @@ struct Check {
   const int32_t* error;               // [3] of the route here, or null
   Told* told;                         // the same whenever a call is repeated
   uint64_t* told_epoch;
+  // Tables that lie one behind the other, every number of them written.
   uint32_t* rows;      // [num_sources]; 0 where none may be touched
   uint32_t* starts;    // [num_sources] rows of lower sources
   uint32_t* tokens;    // [num_sources] T of each
@@ -305,7 +306,11 @@ MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
   }
   told.identity = a.identity != nullptr ? *a.identity : identity;
   told.num_rows = total;
+  told.header = {};
   if (told.bad != 0) told.header = *reinterpret_cast<const Header*>(a.windows[told.bad - 1]);
+  // The tables end with a whole word.
+  const uint64_t num_numbers = a.num_sources * (4 + a.num_counts);
+  if (num_numbers % 2 != 0) a.rows[num_numbers] = 0;
 }
 
 template <class Block>

@@ -250,9 +250,12 @@ class KernelDispatch(ByKernels, PendingDispatch):
         if not math.prod(shape) < 2**31:
             self.error = wrong("x", "fewer than 2^31 received rows", math.prod(shape))
             return exchange.unpack(self.call, None)
-        next_places, _ = exchange.kernels.first_places(
-            total[None], alignment=request.alignment, capacity=self.capacity or None
-        )
+        if self.capacity:
+            next_places = exchange.first_of_groups(owned, self.capacity)[None]
+        else:
+            next_places, _ = exchange.kernels.first_places(
+                total[None], alignment=request.alignment, capacity=None
+            )
         part_bytes = 4 + 4 * self.topk * (1 + (self.weights is not None))
         meta = exchange.new_parts(num_rows, part_bytes)
         exchange.collect(
@@ -364,10 +367,8 @@ class KernelCombine(ByKernels, PendingCombine):
             columns=self.columns is not None,
         )
         handle, each = self.request.handle, self.request.each_copy
-        self.rows_per_token = 1
-        if each:
-            slots = -(-handle.num_experts // self.exchange.num_ranks)
-            self.rows_per_token = min(handle.topk, slots)
+        self.experts_per_rank = -(-handle.num_experts // self.exchange.num_ranks)
+        self.rows_per_token = min(handle.topk, self.experts_per_rank) if each else 1
         self.like = self.exchange.kept_like(found, (LANES_TEXT,))
 
     def _send(self) -> None:
@@ -382,7 +383,12 @@ class KernelCombine(ByKernels, PendingCombine):
         kernels, stride = exchange.kernels, y.stride(0) * y.element_size()
         told = Told(handle.told, exchange.num_ranks)
         rows, starts = told.rows, told.starts
-        if handle.layout == "rank":
+        if request.each_copy:
+            copies, rows, starts = kernels.copy_offsets(
+                handle.positions, rows, starts, row_bytes=stride
+            )
+            offsets = copies[:, None]
+        elif handle.layout == "rank":
             offsets = (torch.arange(len(handle.recv_tokens), device=exchange.device) * stride)[
                 :, None
             ]
@@ -394,8 +400,6 @@ class KernelCombine(ByKernels, PendingCombine):
             if columns is not None:
                 columns = kernels.lane_columns(columns.view(-1), handle.positions)
         self.lane_error = self._find_lanes()
-        if request.each_copy:
-            offsets, rows, starts = each_copy(offsets, rows, starts)
         exchange.write_headers(
             call, self.like, exchange.results, rows=rows.data_ptr(), starts=starts.data_ptr(),
             row_bytes=row.row_bytes, groups=exchange.at(call, "groups"), identity=told.identity,
@@ -458,11 +462,10 @@ class KernelCombine(ByKernels, PendingCombine):
                 )
             else:
                 inner, weights = (0, 0), self.lanes[1]
-                numbers = self.number
-                if self.request.each_copy:
-                    numbers = torch.where(numbers < self.told.rows[self.owner], numbers, -1)
-                offsets = windows[self.owner] + numbers * rows.row_bytes
-                offsets = torch.where(numbers >= 0, offsets, -1)
+                offsets = exchange.kernels.lane_offsets(
+                    lanes, self.found.numbers, self.told.rows, windows, experts_per_rank=self.experts_per_rank,
+                    row_bytes=rows.row_bytes,
+                )  # fmt: skip
             item = self.y.element_size()
             exchange.add_rows(
                 self.y.dtype, self.call, offsets=offsets.data_ptr(), num_terms=offsets.shape[1],
@@ -477,39 +480,16 @@ class KernelCombine(ByKernels, PendingCombine):
             )  # fmt: skip
 
     def _find_lanes(self) -> int:
-        """Which row of whom each lane's term is: `owner` and `number` [T, K] int64, -1: none. Returns where it says
-        whether topk_idx is the dispatch's, as route does."""
+        """Which row or copy of its owner each lane's term is. Returns where it says whether topk_idx is the dispatch's,
+        as route does."""
         idx, handle = self.lanes[0], self.request.handle
         if idx is None:
             return 0
-        experts_per_rank = -(-handle.num_experts // self.exchange.num_ranks)
-        valid = (idx >= 0) & (idx < handle.num_experts)
-        self.owner = torch.where(valid, idx // experts_per_rank, 0)
-        rows = handle.lane_rows.long()
-        mine = torch.where(valid, rows.gather(1, self.owner), -1)  # of an absent rank: -1
-        hits = torch.zeros(
-            (*idx.shape, self.exchange.num_ranks), dtype=torch.int64, device=idx.device
-        )
-        hits.scatter_(2, self.owner[..., None], (mine >= 0).long()[..., None])
-        missed = ((rows >= 0) & (hits.sum(1) == 0)).any(1) | (valid != (idx != -1)).any(1)
-        if self.request.each_copy:  # its copies lie by (token, lane)
-            before = hits.view(-1, self.exchange.num_ranks).cumsum(0).view(hits.shape) - hits
-            mine = torch.where(mine >= 0, before.gather(2, self.owner[..., None])[..., 0], -1)
-        else:  # a rank's sum counts where its last lane is
-            later = hits.flip(1).cumsum(1).flip(1) - hits
-            last = later.gather(2, self.owner[..., None])[..., 0] == 0
-            mine = torch.where(last, mine, -1)
-        self.number = mine
-        wrong_token = (
-            torch.where(missed.any(), missed.int().argmax(), -1)
-            if len(idx)
-            else idx.new_full((), -1)
-        )
-        # ERROR_…: the first of this call's texts
-        self.lane_wrong = torch.stack(
-            [(wrong_token >= 0).long(), wrong_token, wrong_token * 0]
-        ).int()
-        return self.lane_wrong.data_ptr()
+        self.found = self.exchange.kernels.lane_numbers(
+            idx, handle.lane_rows, experts_per_rank=self.experts_per_rank, num_experts=handle.num_experts,
+            each_copy=self.request.each_copy,
+        )  # fmt: skip
+        return self.found.error.data_ptr()
 
     def finish(self) -> Tensor | tuple[Tensor, Tensor]:
         if self.report is not None:
@@ -524,19 +504,6 @@ def sent_rows(handle: Handle) -> Tensor:
     """int32 [2, D]: zeros, and how many rows this rank sends by each lane, as route says it of one round."""
     counts = (handle.lane_rows >= 0).sum(0, dtype=torch.int32)
     return torch.stack([torch.zeros_like(counts), counts])
-
-
-def each_copy(offsets: Tensor, rows: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets [n, K] of received rows' copies one by one, in order, [n * K, 1]; and each source's number of them, and
-    its first."""
-    topk = offsets.shape[1]
-    flat = offsets.reshape(-1)
-    before = torch.cat([flat.new_zeros(1), (flat >= 0).cumsum(0)])
-    place = torch.where(flat >= 0, before[:-1], len(flat))
-    dense = flat.new_full((len(flat) + 1,), -1).scatter_(0, place, flat)
-    first = before[starts.long() * topk]
-    behind = before[(starts + rows).long() * topk]
-    return dense[:-1, None], (behind - first).int(), first.int()
 
 
 NO_ROW = RowFormat.of_combine(16, 1, columns=False)

@@ -116,6 +116,7 @@ class KernelExchange:
         self.scratch = self.constant([0] * 8)  # of each stream: arrived [2], status of pushes
         self._likes: dict[_engine.CallFormat, Tensor] = {}
         self._reports: list[Report] = []
+        self._groups: dict[tuple[int, int], Tensor] = {}
         self.stream = None
         self.forwarder = KernelForwarder(self, topology) if by_node else None
         if self.forwarder is not None:
@@ -139,6 +140,14 @@ class KernelExchange:
         if address:
             raise AssertionError(f"{address:#x} is in no segment")
         return 0
+
+    def first_of_groups(self, num_groups: int, capacity: int) -> Tensor:
+        """int32: places 0, capacity, … Nobody writes to it."""
+        made = self._groups.get((num_groups, capacity))
+        if made is None:
+            made = torch.arange(num_groups, dtype=torch.int32, device=self.device) * capacity
+            self._groups[num_groups, capacity] = made
+        return made
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -284,8 +293,8 @@ class KernelExchange:
             fields |= {
                 "times": self.ring.times_address(), "wait_ns": wait_ns.data_ptr(), "num_times": self.num_ranks
             }  # fmt: skip
-        words = self.new((1 + Told.num_words(num_sources, num_counts),), torch.int64).fill_(0)
-        told = Told(words[:-1], num_sources, words[-1:])
+        words = self.new((1 + Told.num_words(num_sources, num_counts),), torch.int64)
+        told = Told(words, num_sources, with_epoch=True)
         check = fused.Check(
             epoch=call.block.data_ptr(), like=like.data_ptr(), windows=self.at(call, windows),
             num_sources=num_sources, num_counts=num_counts, told=words.data_ptr(), told_epoch=words[-1:].data_ptr(),
@@ -396,21 +405,19 @@ class KernelExchange:
         """On the stream: `told` starts for the host; `judge` raises what is wrong with it."""
         if self.stream is None:
             return Report(what, told, Done(), judge)
-        captured, length = self.capturing(), 1 + len(told.words)
-        assert told.epoch is not None
+        captured, length = self.capturing(), len(told.whole)
         if captured:  # no memory of the host can be made now
             words, self._captured_words = self._captured_words.split(
                 [length, len(self._captured_words) - length]
             )
         else:
             words = torch.zeros(length, dtype=torch.int64, pin_memory=True)
-        words[:-1].copy_(told.words, non_blocking=True)
-        words[-1:].copy_(told.epoch, non_blocking=True)
+        words.copy_(told.whole, non_blocking=True)
         event: Any = Done()  # what is captured cannot be asked
         if not captured:
             event = torch.cuda.Event()
             event.record(self.stream)
-        told = Told(words[:-1], len(told.rows), words[-1:])
+        told = Told(words, len(told.rows), with_epoch=True)
         return Report(what, told, event, judge, captured)
 
     def read(self, report: Report, timeout_s: float) -> Told:

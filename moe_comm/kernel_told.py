@@ -43,10 +43,13 @@ class Lanes(NamedTuple):
 
 
 class Told:
-    """headers.cuh's Told, the tables behind it (by source), and apart the epoch: on the device, or the host's copy."""
+    """headers.cuh's Told, the tables behind it (by source), and perhaps the epoch behind those: on the device, or the
+    host's copy. `whole`: all of it; `words`: but for the epoch."""
 
-    def __init__(self, words: Tensor, num_sources: int, epoch: Tensor | None = None):
-        self.words, self._sources, self.epoch = words, num_sources, epoch
+    def __init__(self, words: Tensor, num_sources: int, *, with_epoch: bool = False):
+        self.whole, self._sources = words, num_sources
+        self.epoch = words[-1:] if with_epoch else None
+        self.words = words = words[:-1] if with_epoch else words
         self.tables = words[TOLD_WORDS:].view(torch.int32)
 
     @property

@@ -21,6 +21,7 @@ from ..buffer import Buffer
 from ..dispatch import COMBINE, DISPATCH, Dispatched
 from ..handle import Handle
 from ..kernel_told import Told
+from ..kernels import for_device
 from ..kernels.quant import GROUP
 from ..memory import new_tensor
 from .normal import check_topk_idx
@@ -104,16 +105,15 @@ class LowLatency:
             dense, packed = _outputs(payload, local, capacity)
         got = self.windows.call(DISPATCH, sizes, error, exchange)
         ticket = Ticket()
-        new = functools.partial(torch.zeros, device=x.device)
-        src_info = new((local, capacity), dtype=torch.int32).fill_(-1)
+        new = functools.partial(torch.empty, device=x.device)
+        src_info = new((local, capacity), dtype=torch.int32)
         layout_range = new((local, self.group.num_ranks), dtype=torch.int64)
         recv_count = new(local, dtype=torch.int32)
         handle = (src_info, layout_range, max_tokens, x.shape[1], num_experts, ticket)
 
         def settle(result: Dispatched) -> None:
             ticket.handle = result.handle
-            recv_count.copy_(result.tokens_per_expert)
-            fill_sources(result.handle, src_info, layout_range)
+            fill_sources(result.handle, src_info, layout_range, recv_count)
             if stats is not None:
                 stats.add_(recv_count)
             if isinstance(packed, tuple):
@@ -341,24 +341,23 @@ def unpack_handle(handle: Any) -> tuple[Handle, int, int]:
 # --- outputs -------------------------------------------------------------------------------------
 
 
-def fill_sources(handle: Handle, src_info: Tensor, layout_range: Tensor) -> None:
-    """`src_info` [L, P]: the source token of each row; `layout_range` [L, R]: (first row << 32) + rows from a rank.
-
-    Rows of an expert are ordered by (source rank, source token).
+def fill_sources(handle: Handle, src_info: Tensor, layout_range: Tensor, count: Tensor) -> None:
+    """`src_info` [L, P]: the source token of each row, −1: none; `layout_range` [L, R]: (first row << 32) + rows from a
+    rank; `count` [L]. Rows of an expert are ordered by (source rank, source token).
     """
     num_local, num_ranks = layout_range.shape
-    if not num_local or not handle.num_recv_rows:
-        return
+    src_info.fill_(-1)
     if len(handle.told):  # on a device
+        kernels = for_device(src_info.device)
         slots = -(-handle.num_experts // num_ranks)
-        counts = Told(handle.told, num_ranks).copies(slots)[:, :num_local].t().long()
-        layout_range.copy_(((counts.cumsum(1) - counts) << 32) + counts)
-        none = src_info.numel()
-        place = torch.where(handle.positions >= 0, handle.positions, none).long()
-        tokens = handle.recv_tokens[:, None].expand(place.shape)
-        found = torch.cat([src_info.view(-1), src_info.new_full((1,), -1)])
-        found.scatter_(0, place.reshape(-1), tokens.reshape(-1))
-        src_info.view(-1).copy_(found[:none])
+        copies = Told(handle.told, num_ranks).copies(slots)[:, :num_local]
+        kernels.source_ranges(layout_range, count, copies)
+        tokens = handle.recv_tokens[:, None].expand(handle.positions.shape)
+        kernels.unpack_lanes(src_info.view(-1), tokens, handle.positions)
+        return
+    layout_range.zero_()
+    count.copy_(handle.tokens_per_expert)
+    if not num_local or not handle.num_recv_rows:
         return
     source = torch.repeat_interleave(torch.arange(num_ranks), torch.tensor(handle.totals))
     row, lane = (handle.positions >= 0).nonzero(as_tuple=True)

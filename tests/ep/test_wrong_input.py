@@ -105,16 +105,16 @@ def named(cases):
     return [pytest.param(c, id=c, marks=marks.get(c, ())) for c in cases]
 
 
-def check_all_raise(run_threads, wrong, right, text, hops):
-    """`wrong` on rank 1 raises ArgumentError with `text`, the others PeerError with the same; then a call works."""
+def check_all_raise(run_threads, wrong, right, text, hops, other=1):
+    """`wrong` on rank `other` raises ArgumentError with `text`, the others PeerError with it; then a call works."""
 
     def body(buffer, rank):
         for _ in range(2):
-            with pytest.raises(ArgumentError if rank == 1 else PeerError) as caught:
-                (wrong if rank == 1 else right)(buffer, rank)
+            with pytest.raises(ArgumentError if rank == other else PeerError) as caught:
+                (wrong if rank == other else right)(buffer, rank)
             assert text in str(caught.value)
-            if rank != 1:
-                assert "rank 1" in str(caught.value)
+            if rank != other:
+                assert f"rank {other} raised" in str(caught.value)
             good_call(buffer, rank)
 
     run_threads(body, 4, hops=hops, **OPTIONS)
@@ -132,6 +132,14 @@ def test_wrong_dispatch(run_threads, case, hops):
 def test_wrong_combine(run_threads, case, hops):
     call, text = COMBINES[case]
     check_all_raise(run_threads, call, call, text, hops)
+
+
+@pytest.mark.parametrize("hops", ["node", "rank"])
+@pytest.mark.parametrize("other", range(4))
+def test_whoever_it_is(run_threads, other, hops):
+    """Also one that passes on what ranks before it sent."""
+    wrong, text = DISPATCHES["alignment"]
+    check_all_raise(run_threads, wrong, lambda b, r: dispatch(b, GOOD, r), text, hops, other)
 
 
 def test_error_while_others_run_in_rounds(run_threads):
@@ -153,7 +161,7 @@ def test_error_while_others_run_in_rounds(run_threads):
     run_threads(body, 4, window_bytes=12 * 1024, **OPTIONS)
 
 
-def disagree(change):
+def disagree(change, other):
     def call(buffer, rank):
         args = {
             "x": GOOD.xs[rank],
@@ -161,7 +169,7 @@ def disagree(change):
             "num_experts": 8,
             "topk_weights": GOOD.weights[rank],
         }
-        if rank == 1:
+        if rank == other:
             args.update(change(args))
         buffer.dispatch(args.pop("x"), **args)
 
@@ -180,17 +188,19 @@ def disagree(change):
             "topk_idx: K",
         ),
         (lambda a: {"topk_weights": None}, "topk_weights"),
-        (lambda a: {"x": (a["x"], torch.ones(3, 2))}, "scales"),
+        (lambda a: {"x": (a["x"], torch.ones(len(a["x"]), 2))}, "scales"),
     ],
 )
-def test_ranks_disagree(run_threads, change, text, hops):
-    call = disagree(change)
+@pytest.mark.parametrize("other", [1, 3])
+def test_ranks_disagree(run_threads, change, text, other, hops):
+    call = disagree(change, other)
 
     def body(buffer, rank):
         for _ in range(2):
             with pytest.raises(MismatchError) as caught:
                 call(buffer, rank)
             assert text in str(caught.value)
+            assert rank == other or f"rank {other} disagrees" in str(caught.value)
             good_call(buffer, rank)
 
     run_threads(body, 4, hops=hops, **OPTIONS)
@@ -222,6 +232,9 @@ def test_combine_of_another_dispatch(run_threads, other, hops):
             mine = first if rank == other else second
             buffer.combine(mine.x, mine.handle)
         assert rank == other or f"rank {other} disagrees" in str(caught.value)
+        if rank != other:
+            numbers = f"it passed {first.handle.number}, this rank {second.handle.number}"
+            assert numbers in str(caught.value)
         good_call(buffer, rank)
 
     run_threads(body, 4, hops=hops, **OPTIONS)

@@ -93,6 +93,16 @@ def call_steps(steps, hidden, dtype):
     steps.reduce(x, memory, offsets, weights=torch.zeros(T, 5), num_tokens=number)
     steps.reduce(x, memory, offsets, bias=x, inner_first=2, inner_last=4)
     steps.lane_columns(torch.zeros(T), placed.positions)
+    for each_copy in (True, False):
+        lanes = steps.lane_numbers(
+            idx, int32(T, R), experts_per_rank=16, num_experts=E, each_copy=each_copy
+        )
+    windows = torch.zeros(R, dtype=torch.int64)
+    steps.lane_offsets(
+        idx, lanes.numbers, int32(R), windows, experts_per_rank=16, row_bytes=row_bytes
+    )
+    steps.copy_offsets(placed.positions, int32(R), int32(R), row_bytes=row_bytes)
+    steps.source_ranges(torch.zeros(16, R, dtype=torch.int64), int32(16), int32(R, 16))
     steps.through_logfmt(x, x)
     for hardware in (True, False):
         quant.casts_in_hardware = pack.casts_in_hardware = lambda device: hardware  # noqa: B023

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from host_device import run_on_host
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_comm
 from moe_comm import ArgumentError, MismatchError, deep_ep, kernel_exchange, reference
+from moe_comm.deep_ep import low_latency
 from moe_comm.deep_ep.quant import cast_from_fp8
+from moe_comm.kernels import cuda as cuda_sources
 from moe_comm.kernels import fused
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ep"))
@@ -178,6 +181,110 @@ def test_between_nodes(cuda, hook, captures):
     assert cuda.called.count("the caller's stream waits") == 2 * 2 * 2
 
 
+def told_of(asked, name, plain):
+    """The method `plain` of a tensor, but that who calls it is noted; a twin stands for a kernel, which asks nobody."""
+
+    def method(self, *args, **options):
+        if not sys._getframe(1).f_code.co_filename.startswith(str(cuda_sources.HERE)):
+            asked.append(name)
+        return plain(self, *args, **options)
+
+    return method
+
+
+class Launches(TorchDispatchMode):
+    """What a GPU would be given: kernels of *.cu, Triton's in the place of twins, and torch's own."""
+
+    FREE = (
+        "empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "detach", "_local_scalar_dense"
+    )  # fmt: skip
+    OF_STEPS = {"route": 2, "places": 2, "lane_numbers": 2, "unpack_lanes": 2}
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names, self.in_step, self.thread = [], False, threading.get_ident()
+        run = fused.run
+
+        def counted(name, *args):
+            if threading.get_ident() == self.thread:
+                self.names.append(name)
+            run(name, *args)
+
+        monkeypatch.setattr(fused, "run", counted)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
+        name = function._schema.name.removeprefix("aten::")
+        if not (views or self.in_step or name in self.FREE):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+    def of(self, kernels):
+        def counted(name, step):
+            def call(*args, **options):
+                if threading.get_ident() != self.thread:
+                    return step(*args, **options)
+                self.names += [name] * self.OF_STEPS.get(name, 1)
+                self.in_step = True
+                try:
+                    return step(*args, **options)
+                finally:
+                    self.in_step = False
+
+            return call
+
+        steps = {n: counted(n, step) for n, step in kernels._asdict().items() if callable(step)}
+        return kernels._replace(**steps)
+
+
+def test_launches_of_low_latency(cuda, monkeypatch):
+    """Each costs microseconds, whatever it does: there are few."""
+    monkeypatch.setenv("MOE_COMM_DEVICE", "cpu")
+    counted = {}
+
+    def with_buffer(group, rank):
+        buffer = deep_ep.Buffer(group, low_latency_mode=True, explicitly_destroy=True)
+        idx, x, weights = torch.tensor([[0, 3, 1]]), torch.ones(1, 512).bfloat16(), torch.ones(1, 3)
+
+        def pair(seen):
+            with seen("dispatch"):
+                packed, _, handle, _, hook = buffer.low_latency_dispatch(
+                    x, idx, 4, 4, use_fp8=False, return_recv_hook=True
+                )
+            with seen("its hook"):
+                hook()
+            with seen("combine"):
+                _, _, hook = buffer.low_latency_combine(
+                    packed, idx, weights, handle, return_recv_hook=True
+                )
+            with seen("its hook, too"):
+                hook()
+
+        pair(lambda name: contextlib.nullcontext())
+        if rank == 1:
+            return pair(lambda name: contextlib.nullcontext())
+        kernels = buffer._low_latency.windows.buffer.kernels
+        mine, plain = Launches(monkeypatch), low_latency.for_device
+        kernels.kernels = mine.of(kernels.kernels)
+        monkeypatch.setattr(low_latency, "for_device", lambda device: mine.of(plain(device)))
+
+        @contextlib.contextmanager
+        def seen(name):
+            mine.names = []
+            with mine:
+                yield
+            counted[name] = mine.names
+
+        pair(seen)
+
+    on_threads(with_buffer)
+    for found in counted.values():
+        print(*found)
+    assert {name: len(found) for name, found in counted.items()} == {
+        "dispatch": 5, "its hook": 11, "combine": 6, "its hook, too": 5,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("use_fp8", [False, True])
 def test_captured_low_latency(cuda, monkeypatch, use_fp8):
     """Nothing asks the host for numbers, once a call made the windows."""
@@ -207,17 +314,17 @@ def test_captured_low_latency(cuda, monkeypatch, use_fp8):
         eager = call()
         on_streams(cuda, buffer._low_latency.windows.buffer)
         gate.wait(10)
-        cuda.captures = True
-        for name in ("tolist", "item", "nonzero", "__bool__", "__int__"):
-            plain = getattr(torch.Tensor, name)
-            monkeypatch.setattr(
-                torch.Tensor,
-                name,
-                lambda self, *a, n=name, p=plain, **kw: asked.append(n) or p(self, *a, **kw),
-            )
+        if rank == 0:
+            cuda.captures = True
+            for name in ("tolist", "item", "nonzero", "__bool__", "__int__"):
+                plain = getattr(torch.Tensor, name)
+                monkeypatch.setattr(torch.Tensor, name, told_of(asked, name, plain))
+        gate.wait(10)
         captured = call()
         gate.wait(10)
-        monkeypatch.undo()
+        if rank == 0:
+            monkeypatch.undo()
+        gate.wait(10)
         for one, other in zip(eager, captured, strict=True):
             assert torch.equal(one, other)
         buffer.destroy()

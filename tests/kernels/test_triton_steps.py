@@ -330,3 +330,98 @@ def test_row_offsets(num_rows, num_columns, row_bytes, seed):
     windows = torch.randint(0, 2**40, (num_columns,), generator=g)
     want, got = (k.row_offsets(rows, starts, windows, row_bytes=row_bytes) for k in (TORCH, TRITON))
     assert same(want, got)
+
+
+# --- lanes -----------------------------------------------------------------------------------------
+
+
+@checked
+@given(
+    num_tokens=st.integers(0, 150), topk=st.integers(1, 9), num_experts=st.integers(1, 40),
+    num_ranks=st.integers(1, 5), each_copy=st.booleans(), none=st.sampled_from([0.0, 0.2, 1.0]),
+    change=st.sampled_from(["", "another token's", "out of range", "none"]), seed=seeds,
+)  # fmt: skip
+def test_lane_numbers(num_tokens, topk, num_experts, num_ranks, each_copy, none, change, seed):
+    idx = random_topk(num_tokens, topk, num_experts, seed, none)
+    lanes = torch.arange(num_ranks, dtype=torch.int32)
+    if seed % 4 == 0:
+        lanes[seed % num_ranks] = num_ranks  # an absent rank
+    routed = TORCH.route(
+        idx, lanes, num_experts=num_experts, num_ranks=num_ranks, num_lanes=num_ranks, capacity=max(1, num_tokens)
+    )  # fmt: skip
+    if num_tokens and change:
+        token = seed % num_tokens
+        other = {"another token's": idx[token - 1], "out of range": num_experts + 3, "none": -1}
+        idx[token] = other[change]
+    if seed % 3 == 0:
+        idx = idx.t().contiguous().t()
+    want, got = (
+        k.lane_numbers(
+            idx, routed.lane_rows, experts_per_rank=-(-num_experts // num_ranks), num_experts=num_experts,
+            each_copy=each_copy,
+        )
+        for k in (TORCH, TRITON)
+    )  # fmt: skip
+    assert all(map(same, want, got))
+    if change in ("", "out of range") and num_tokens:
+        assert want.error[0] == (change != "")
+
+
+@checked
+@given(
+    rows=st.lists(st.integers(0, 150), min_size=1, max_size=5), topk=st.integers(1, 9), more=st.integers(0, 3),
+    none=st.sampled_from([0.0, 0.6, 1.0]), seed=seeds,
+)  # fmt: skip
+def test_copy_offsets(rows, topk, more, none, seed):
+    """Rows behind the last source's are not looked at."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.tensor(rows, dtype=torch.int32)
+    starts = (rows.cumsum(0) - rows).int()
+    shape = (int(rows.sum()) + more, topk)
+    positions = torch.randint(0, 2**20, shape, generator=g, dtype=torch.int32)
+    positions = torch.where(torch.rand(shape, generator=g) < none, -1, positions)
+    if seed % 3 == 0:
+        positions = positions.t().contiguous().t()
+    want, got = (k.copy_offsets(positions, rows, starts, row_bytes=14368) for k in (TORCH, TRITON))
+    assert same(want.counts, got.counts) and same(want.firsts, got.firsts)
+    for source, (first, count) in enumerate(zip(want.firsts.tolist(), want.counts.tolist())):
+        mine = positions[starts[source] : starts[source] + rows[source]]
+        right = mine[mine >= 0].long() * 14368
+        for found in (want, got):
+            assert torch.equal(found.offsets[first : first + count], right)
+
+
+@checked
+@given(
+    num_tokens=st.integers(0, 90),
+    topk=st.integers(1, 9),
+    num_ranks=st.integers(1, 5),
+    seed=seeds,
+)
+def test_lane_offsets(num_tokens, topk, num_ranks, seed):
+    g = torch.Generator().manual_seed(seed)
+    idx = torch.randint(-1, 3 * num_ranks, (num_tokens, topk), generator=g)
+    numbers = torch.randint(0, 40, idx.shape, generator=g, dtype=torch.int32)
+    numbers = torch.where((torch.rand(idx.shape, generator=g) < 0.3) | (idx < 0), -1, numbers)
+    rows = torch.randint(0, 40, (num_ranks,), generator=g, dtype=torch.int32)
+    windows = torch.randint(0, 2**40, (num_ranks,), generator=g)
+    want, got = (
+        k.lane_offsets(idx, numbers, rows, windows, experts_per_rank=3, row_bytes=14368)
+        for k in (TORCH, TRITON)
+    )
+    assert same(want, got)
+
+
+@checked
+@given(num_ranks=st.integers(1, 9), num_experts=st.integers(0, 9), seed=seeds)
+def test_source_ranges(num_ranks, num_experts, seed):
+    g = torch.Generator().manual_seed(seed)
+    copies = torch.randint(0, 2**20, (num_ranks, num_experts + 2), generator=g, dtype=torch.int32)
+    copies = copies[:, :num_experts]
+    want, got = (
+        (torch.zeros(num_experts, num_ranks, dtype=torch.int64), torch.zeros(num_experts, dtype=torch.int32))
+        for _ in range(2)
+    )  # fmt: skip
+    TORCH.source_ranges(*want, copies)
+    TRITON.source_ranges(*got, copies)
+    assert all(map(same, want, got))
