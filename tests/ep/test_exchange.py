@@ -138,6 +138,28 @@ def test_columns(run_threads, hops, layout):
     run_threads(body, 4, ranks_per_node=2, hops=hops, **SMALL)
 
 
+@pytest.mark.parametrize("num_ranks, ranks_per_node", [(4, 4), (4, 2), (6, 2), (6, 3)])
+@pytest.mark.parametrize("hops", ["node", "rank"])
+def test_order_of_columns(run_threads, hops, num_ranks, ranks_per_node):
+    """Any numbers in all of them: the ranks of a node are added first."""
+    case = make_case(num_ranks, tokens=20, topk=8, num_experts=16, none=0.0)
+    want = expected(case)
+    g = torch.Generator().manual_seed(1)
+    given = [torch.randn(len(x), 8, generator=g) for x in want.x]
+    node_of = node_list(num_ranks, ranks_per_node)
+    back = reference.combine(
+        want.x, want.bookkeeping, node_of=node_of, hops=hops, topk_weights=given
+    )
+
+    def body(buffer, rank):
+        got = dispatch(buffer, case, rank)
+        _, columns = buffer.combine(got.x, got.handle, topk_weights=given[rank])
+        assert torch.equal(columns, back.topk_weights[rank])
+
+    sizes = {**SMALL, "topk": 8, "num_experts": 16}
+    run_threads(body, num_ranks, ranks_per_node=ranks_per_node, hops=hops, **sizes)
+
+
 @pytest.mark.parametrize("hops", ["node", "rank"])
 @pytest.mark.parametrize("layout", ["rank", "expert", "padded"])
 def test_cached_dispatch(run_threads, hops, layout):
