@@ -271,9 +271,8 @@ class KernelExchange:
         self, call: Round, kind: int, timeout_s: float | None, timed: bool = False
     ) -> None:
         if self.forwarder is not None:
-            self.forwarder.join(
-                call
-            )  # if its wait failed, the ring has ended, and so will this one
+            self.forwarder.join(call)
+        # If the forwarder's wait failed, the ring has ended, and so will this one.
         self.ring.arm(self._waits[ROWS, timed][kind], call.block, ROWS, timeout_s)
         self.ring.stream_wait(ROWS)
 

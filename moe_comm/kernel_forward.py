@@ -173,9 +173,8 @@ class KernelForwarder:
         """[links, max_tokens, G]: the number of each link's row for each rank of the node. `counts` [links, G]."""
         exchange, row, most = self.exchange, passed.row, passed.max_tokens
         links, part_bytes = exchange.num_links, 4 + 4 * row.topk
-        parts = exchange.new_parts(links * most, part_bytes).fill_(
-            255
-        )  # rows that did not come have ids -1
+        parts = exchange.new_parts(links * most, part_bytes)
+        parts.fill_(255)  # rows that did not come have ids -1
         first = torch.arange(links, dtype=torch.int32, device=exchange.device) * most
         exchange.collect(
             call, "link_in", told, parts, starts=first, head_bytes=head_bytes, row_bytes=row.row_bytes,
