@@ -17,6 +17,7 @@ its times mean nothing.
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 
 import moe_comm
+from moe_comm import deep_ep
 from moe_comm.kernels import CUDA, TORCH, TRITON, cuda, fused
 from moe_comm.layout import RowFormat
 
@@ -457,7 +459,8 @@ def staged(on: Device) -> dict:
 def calls(on: Device) -> dict:
     """A moe_comm.Buffer of kernels, alone on the GPU: what one rank launches for a dispatch and a combine.
 
-    eager: host call to the end of the stream, exact sizes. graph: one replay of both, layout "padded".
+    eager: host call to the end of the stream, exact sizes. graph: one replay of both, layout "padded", or DeepEP's
+    low-latency pair with FP8 (no experts between the two).
     """
     found: dict = {}
     if on.dry:  # as host code
@@ -495,7 +498,34 @@ def calls(on: Device) -> dict:
                 continue  # padded: EXPERTS * T rows
             both("padded")  # makes what is kept
             found[f"graph padded, T={T}"] = figure(on.graph_us([lambda: both("padded")]))
+            found |= low_latency(on, T, x, weights)
     return found
+
+
+def low_latency(on: Device, T: int, x: torch.Tensor, weights: torch.Tensor) -> dict:
+    """Of deep_ep.Buffer. What experts would return lies there."""
+    experts = EXPERTS // RANKS  # a rank's share
+    idx = torch.stack([torch.randperm(experts)[:TOPK] for _ in range(T)]).to(on.device)
+    results = torch.zeros(experts, T, on.hidden, dtype=torch.bfloat16, device=on.device)
+    os.environ["MOE_COMM_DEVICE"] = str(on.device)
+    buffer = deep_ep.Buffer(
+        moe_comm.EPGroup.threads(1)[0], low_latency_mode=True, explicitly_destroy=True
+    )
+
+    def pair():
+        *_, handle, _, hook = buffer.low_latency_dispatch(x, idx, T, experts, return_recv_hook=True)
+        hook()
+        _, _, hook = buffer.low_latency_combine(
+            results, idx, weights, handle, return_recv_hook=True
+        )
+        hook()
+
+    try:
+        pair()  # makes the windows
+        return {f"graph low latency, T={T}": figure(on.graph_us([pair]))}
+    finally:
+        buffer.destroy()
+        del os.environ["MOE_COMM_DEVICE"]
 
 
 def check(on: Device) -> dict:

@@ -36,7 +36,8 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
     "MOE_COMM_DEVICE": (
         str,
         "",
-        "cuda: Buffers whose calls are kernels, on tensors of that GPU; empty: CPU tensors, CUDA tensors by copies",
+        "cuda: Buffers whose calls are kernels, and deep_ep's low-latency calls, on tensors of that GPU; empty: CPU "
+        "tensors, CUDA tensors by copies",
     ),
     "MOE_COMM_RANKS_PER_NODE": (
         int,

@@ -61,4 +61,4 @@ def test_whole_calls_in_a_dry_run(suite):
     command = [sys.executable, str(SUITE.with_name("gpu_figures.py")), "calls", "--dry-run"]
     suite.environment = dict(os.environ)
     result = suite.step("figures calls", command, 90, is_json=True)["result"]
-    assert len(result) == 6 and all(f["median_us"] > 0 for f in result.values())
+    assert len(result) == 8 and all(f["median_us"] > 0 for f in result.values())
