@@ -37,7 +37,11 @@ FAULTS := tests/faults tests/ep/test_faults.py tests/ep/test_generations.py test
     tests/cpp/test_sanitized.py
 THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes hooks handles wrong_input autograd generations \
     faults))
+# deep_ep's low-latency calls by kernels, and what makes them.
 LOW_LATENCY := tests/clients/test_deep_ep_legacy_low_latency.py tests/clients/test_deep_ep_legacy_limits.py
+LOW_LATENCY_CLIENTS := tests/clients/test_integration_sglang.py tests/clients/test_integration_vllm.py \
+    tests/clients/test_deep_ep_legacy_clients.py
+BY_KERNELS = PYTEST_ADDOPTS= MOE_COMM_DEVICE=cpu $(PYTEST) -q -ra --maxfail=5 --through kernels
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -70,6 +74,7 @@ test-clients: ## the frameworks that use this package, and DeepEP's interface
 	@$(BIN)/python -c 'import mpi4py' 2>/dev/null || $(BIN)/python -m pip install -q mpi4py mpich || \
 	    echo "not installed here, what needs it will be skipped: mpi4py mpich" >&2
 	@PYTHONPATH=$(CURDIR)/build/frameworks $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
+	@PYTHONPATH=$(CURDIR)/build/frameworks $(BY_KERNELS) -k "not mpi4py" $(LOW_LATENCY_CLIENTS) $(ARGS) || [ $$? = 5 ]
 
 test-kernels: ## device code, without a device: Triton interpreted, CUDA as host code, both compiled (at most 6 minutes)
 	@.dev/setup.sh test
@@ -81,7 +86,7 @@ test-kernels: ## device code, without a device: Triton interpreted, CUDA as host
 test-device: ## the exchange's own tests, its calls made by kernels as host code (at most 5 minutes)
 	@.dev/setup.sh test
 	@$(PYTEST) -q -ra --maxfail=5 --durations=5 --through kernels $(THROUGH_KERNELS) $(ARGS)
-	@PYTEST_ADDOPTS= MOE_COMM_DEVICE=cpu $(PYTEST) -q -ra --maxfail=5 --through kernels $(LOW_LATENCY) $(ARGS)
+	@$(BY_KERNELS) $(LOW_LATENCY) $(ARGS) || [ $$? = 5 ]
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped
