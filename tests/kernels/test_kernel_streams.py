@@ -299,9 +299,9 @@ def test_captured_low_latency(cuda, monkeypatch, use_fp8):
     def with_buffer(group, rank):
         buffer = deep_ep.Buffer(group, low_latency_mode=True, explicitly_destroy=True)
 
-        def call():
+        def call(max_tokens=4):
             packed, count, handle, _, hook = buffer.low_latency_dispatch(
-                xs[rank], idx[rank], 4, 4, use_fp8=use_fp8, return_recv_hook=True
+                xs[rank], idx[rank], max_tokens, 4, use_fp8=use_fp8, return_recv_hook=True
             )
             hook()
             rows = cast_from_fp8(*packed) if use_fp8 else packed
@@ -311,6 +311,7 @@ def test_captured_low_latency(cuda, monkeypatch, use_fp8):
             hook()
             return count, handle[0], handle[1], y
 
+        call(max_tokens=9)  # windows for more tokens than are captured
         eager = call()
         on_streams(cuda, buffer._low_latency.windows.buffer)
         gate.wait(10)
