@@ -16,6 +16,7 @@ import moe_comm
 from moe_comm import (
     ArgumentError,
     PeerLost,
+    PeerTimeout,
     TransportError,
     _engine,
     deep_ep,
@@ -217,6 +218,33 @@ def test_a_forwarder_finds_a_damaged_header(run_ranks, library, offset):
             in text
         )
     assert all("rank 3" in text for text in texts[2:])
+
+
+def _forwarder_gives_up(rank, group, library):
+    """Rank 2 does not call. Its rail peer, rank 0, waits for it on its forwarder's stream alone: no hook is called."""
+    run_on_host(library)
+    case = make_case(4, tokens=[6] * 4, num_experts=8)
+    with moe_comm.Buffer(
+        group, device="cpu", max_tokens=8, ranks_per_node=2, timeout_s=2, **SIZES
+    ) as buffer:
+        got = dispatch(buffer, case, rank)
+        check_dispatched(got, expected(case), rank)
+        text = ""
+        if rank != 2:
+            hook = dispatch(buffer, case, rank, async_op="hook")
+        if rank in (1, 3):
+            with pytest.raises((PeerLost, PeerTimeout)) as caught:
+                hook()
+            text = str(caught.value)
+        group.gather(None)
+        return text
+
+
+def test_a_forwarder_says_whom_it_misses(run_ranks, library):
+    """To who waits for what it would pass on, although its host does not look."""
+    texts = run_ranks(_forwarder_gives_up, 4, library._name)
+    assert "rank 0 (node 0)" in texts[1] and "it gave up on rank 2" in texts[1]
+    assert "rank 2 (node 1)" in texts[3]
 
 
 @pytest.mark.parametrize("offset", [0, 60, 200], ids=str)
