@@ -33,6 +33,7 @@ from .kernel_told import (
     CREDITS,
     HEADER_BYTES,
     LINKS,
+    NAP_S,
     ROWS,
     TOLD_WORDS,
     Done,
@@ -40,7 +41,7 @@ from .kernel_told import (
     Report,
     Round,
     Told,
-)  # fmt: skip
+)
 from .kernels import for_device, fused
 from .layout import ROW_ALIGNMENT
 from .memory import Pinned
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 MAX_REPORTS = 64
 CAPTURED_WORDS = 1 << 21  # for what captured calls tell the host: 16 MiB
-SPIN_S, NAP_S = 200e-6, 50e-6
+SPIN_S = 200e-6
 
 
 class KernelExchange:

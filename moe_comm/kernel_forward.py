@@ -12,6 +12,7 @@ handle's table has so many for each link, −1 behind the real ones. *Source*: o
 
 import concurrent.futures
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from . import _engine
 from .dispatch import COMBINE, DISPATCH
 from .group import Topology
 from .handle import Handle
-from .kernel_told import HEADER_BYTES, LINKS, Round
+from .kernel_told import HEADER_BYTES, LINKS, NAP_S, Round
 from .layout import RowFormat, counts_bytes
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class KernelForwarder:
                 concurrent.futures.wait([self._last], left())
             return
         while not self._stream.query() and left():
-            pass
+            time.sleep(NAP_S)
 
     def close(self) -> None:
         if self._thread is not None:
@@ -155,7 +156,8 @@ class KernelForwarder:
             heads["to_head_bytes"] += (slot_bytes := self._counts_bytes(num_counts, by_node=False))
             link_words = ranks * (1 + num_counts)
             told = exchange.check_headers(
-                call, passed.like, "link_in", links, link_words, capacity=passed.found.capacity,
+                call, passed.like, "link_in", links, link_words,
+                capacity=min(passed.found.capacity, passed.max_tokens),  # its rows fit the table
                 counts_bytes=link_bytes, word=LINKS,
             )  # fmt: skip
             self._pass_headers(call, told, passed, num_counts=num_counts, counts_bytes=slot_bytes)

@@ -11,6 +11,7 @@ from . import _engine
 from .errors import PeerError
 
 HEADER_BYTES = _engine.HEADER_BYTES
+NAP_S = 50e-6  # between looks at a stream
 CREDITS, ROWS, LINKS = 0, 1, 2  # the ring's words: of what a rank writes, reads, passes on
 TOLD_WORDS = 11 + HEADER_BYTES // 8  # headers.cuh: Told
 

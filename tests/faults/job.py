@@ -113,11 +113,9 @@ class Job:
     def wait_until_closing(self, rank):
         """Until a rank that was killed has given up its descriptors; closing what they are may take longer."""
         deadline = time.monotonic() + 10 * SLOWNESS
-        with contextlib.suppress(FileNotFoundError):  # it ended
-            for thread in os.listdir(f"/proc/{self.pids[rank]}/task"):
-                while os.listdir(f"/proc/{self.pids[rank]}/task/{thread}/fd"):
-                    assert time.monotonic() < deadline, (rank, state_of(self.pids[rank]))
-                    time.sleep(0.01)
+        while has_descriptors(self.pids[rank]):
+            assert time.monotonic() < deadline, (rank, state_of(self.pids[rank]))
+            time.sleep(0.01)
 
     # --- windows -------------------------------------------------------------------------------------
 
@@ -259,8 +257,21 @@ def limit_unsent(num_bytes):
 def state_of(pid):
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+    except (
+        FileNotFoundError,
+        ProcessLookupError,
+    ):  # the second where it goes between open and read
         return "Z"
+
+
+def has_descriptors(pid):
+    """Whether any of its threads has: they end one by one."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if os.listdir(f"/proc/{pid}/task/{thread}/fd"):
+                    return True
+    return False
 
 
 def open_things() -> dict[str, int]:

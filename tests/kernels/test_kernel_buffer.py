@@ -256,10 +256,12 @@ def test_a_forwarder_finds_damaged_results(run_ranks, library, offset):
 # --- captured ------------------------------------------------------------------------------------
 
 
-def _captured(rank, group):
+def _captured(rank, group, ranks_per_node):
     """Two micro-batches' dispatch and combine in one graph, replayed with other tokens and routing."""
     cases = [make_case(2, layout="padded", tokens=[8, 8], seed=s, none=0.3) for s in range(6)]
-    with moe_comm.Buffer(group, device="cuda", max_tokens=8, timeout_s=20, **SIZES) as buffer:
+    with moe_comm.Buffer(
+        group, device="cuda", max_tokens=8, timeout_s=20, ranks_per_node=ranks_per_node, **SIZES
+    ) as buffer:
         first = [moved(case, "cuda") for case in cases[:2]]
         static = [(c.xs[rank].clone(), c.idx[rank].clone(), c.weights[rank].clone()) for c in first]
 
@@ -292,8 +294,9 @@ def _captured(rank, group):
             for (x, weights, y), case in zip(outs, now):
                 want = expected(case)
                 back = reference.combine(
-                    want.x, want.bookkeeping, weights=want.topk_weights, node_of=[0, 0], hops="node"
-                )
+                    want.x, want.bookkeeping, weights=want.topk_weights, hops="node",
+                    node_of=node_list(2, ranks_per_node),
+                )  # fmt: skip
                 assert same(x.cpu(), want.x[rank]) and same(weights.cpu(), want.topk_weights[rank])
                 assert same(y.cpu(), back.x[rank])
         got = dispatch(buffer, first[0], rank)  # not captured, after all the replays
@@ -301,8 +304,9 @@ def _captured(rank, group):
 
 
 @pytest.mark.gpu
-def test_captured(run_ranks):
-    run_ranks(_captured, 2)
+@pytest.mark.parametrize("ranks_per_node", [2, 1])
+def test_captured(run_ranks, ranks_per_node):
+    run_ranks(_captured, 2, ranks_per_node)
 
 
 def _captured_low_latency(rank, group, use_fp8):
