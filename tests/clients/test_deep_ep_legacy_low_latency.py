@@ -447,3 +447,23 @@ def check_wrong(rank, group, num_ranks, store, node_of):
 
 def test_wrong_input(world):
     world(check_wrong)
+
+
+def check_wrong_while_others_grow(rank, group, num_ranks, store, node_of):
+    """A rank whose call has room, but is wrong, hears that the others meet to make more, and comes."""
+    buffer = open_buffer(rank, num_ranks, store)
+    case = make(num_ranks)
+    send(buffer, case, rank)
+    last = rank == num_ranks - 1
+    with pytest.raises(moe_comm.ArgumentError if last else moe_comm.PeerError, match="use_ue8m0"):
+        max_tokens = MAX_TOKENS if last else 3 * MAX_TOKENS
+        buffer.low_latency_dispatch(
+            case.xs[rank], case.idx[rank], max_tokens, case.num_experts, use_ue8m0=last, use_fp8=False
+        )  # fmt: skip
+    packed, count, handle, _, _ = send(buffer, case, rank)
+    check_received(case, rank, packed, count, handle)
+
+
+def test_wrong_while_others_grow(world, monkeypatch):
+    monkeypatch.setenv("MOE_COMM_TIMEOUT_S", "10")
+    world(check_wrong_while_others_grow)
