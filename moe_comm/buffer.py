@@ -256,7 +256,7 @@ class Buffer:
             timeout_s: instead of the Buffer's.
 
         Returns: Dispatched. Raises: ArgumentError (the others: PeerError), MismatchError, PeerTimeout, PeerLost.
-        Blocks until all ranks called. x may be changed as soon as the call returned.
+        Blocks until all ranks called. x may be changed once the call returned; with a device and "event", behind it.
         """
         request = DispatchRequest(
             x, topk_idx, topk_weights, num_experts, layout, alignment, handle, capacity, timeout_s, async_op == "hook",

@@ -340,7 +340,15 @@ class KernelDispatch(ByKernels, PendingDispatch):
                 tokens_per_expert=self.tokens_per_expert, told=self.told.words, generation=self.buffer.generation,
             )  # fmt: skip
         self.event = exchange.hand_out(
-            payload, scales, ids, weights, self.tokens_per_expert, ordered=self.ordered
+            payload,
+            scales,
+            ids,
+            weights,
+            self.tokens_per_expert,
+            self.recv_tokens,
+            self.positions,
+            self.told.words,
+            ordered=self.ordered,
         )
         self.result = Dispatched(x, ids, weights, self.tokens_per_expert, handle)
         return self.result
@@ -446,10 +454,8 @@ class KernelCombine(ByKernels, PendingCombine):
             exchange.used_by_stream(self.summed)
             rows, bias, lanes = self.row, self.bias, self.lanes[0]
             windows = exchange.table(self.call, "sums", exchange.num_sums) + HEADER_BYTES
-            inner = (
-                0,
-                exchange.num_ranks if handle.hops == "node" else 0,
-            )  # a node's sum is rounded
+            # A node's sum is rounded.
+            inner = (0, exchange.num_ranks if handle.hops == "node" else 0)
             weights = None
             if lanes is None:
                 lane_rows = handle.lane_rows

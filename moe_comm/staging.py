@@ -196,14 +196,17 @@ class _Stage:
                 value = arguments[name]
                 host = arguments[name] = self._take(name, value, copied=name not in fills)
                 if name in fills + updates:
-                    of_one = isinstance(value, Tensor)
-                    for near, far in (
-                        ((host, value),) if of_one else zip(host or (), value or (), strict=True)
-                    ):
-                        self.pairs[id(near)] = (near, far)
+                    self._pair(host, value)
             self._wait(_limit_s(owner, arguments))
         except (RuntimeError, TypeError, ValueError) as error:  # the device's own errors, too
             raise _Refused(f"{self.device} failed: {error}") from error
+
+    def _pair(self, host: Any, value: Any) -> None:
+        if isinstance(value, (tuple, list)):
+            for near, far in zip(host, value, strict=True):
+                self._pair(near, far)
+        elif isinstance(value, Tensor):
+            self.pairs[id(host)] = (host, value)
 
     def _take(self, name: str, value: Any, copied: bool) -> Any:
         if isinstance(value, (tuple, list)):

@@ -14,7 +14,7 @@ may be used in any order; nothing has to be cleaned in between.
 - On the CPU a call is done when it returns; events exist and behave. `event.event` is None unless async_finish.
 - CUDA tensors are staged through the host (staging.py); the tables of a normal handle stay there. With
   MOE_COMM_DEVICE=cuda low-latency calls are kernels instead (kernel_exchange.py): nothing waits for the host, and they
-  can be captured in a graph once a call of their sizes was made; without enable_shrink and the stats of waits.
+  can be captured in a graph once a call of their sizes was made; with enable_shrink they are staged, too.
 - With enable_shrink, low-latency calls go on without a rank that is lost or late (MOE_COMM_TIMEOUT_S,
   MOE_COMM_SILENCE_S): a warning is logged, its mask is 1, it has no tokens, tokens for its experts are dropped, and
   what it owed is left out of sums. Normal mode has no masks, as in DeepEP: there, a lost peer ends the Buffer.
