@@ -240,7 +240,9 @@ void bind_exchange(py::module_& m) {
   py::class_<Self> c(m, "Exchange");
   bind_kernel_view(c);
   c.def(py::init([](Engine& engine, const py::dict& shape, const py::dict& offsets,
-                    uint64_t first_epoch) {
+                    uint64_t first_epoch,
+                    const std::tuple<uintptr_t, size_t, int, uint64_t, bool>& windows,
+                    const py::object&) {
           GroupShape s;
           s.rank = shape["rank"].cast<uint32_t>();
           s.num_ranks = shape["num_ranks"].cast<uint32_t>();
@@ -254,28 +256,39 @@ void bind_exchange(py::module_& m) {
           s.mask_lost = shape["mask_lost"].cast<bool>();
           WindowOffsets o;
           const auto at = [&](const char* name) { return offsets[name].cast<uint64_t>(); };
-          o = {at("beats"), at("commits"), at("releases"), at("sents"), at("slots"),
-               at("links"), at("sends"),   at("stride"),   at("total")};
-          auto made =
-              unlocked([&] { return Exchange::create(engine, std::move(s), o, first_epoch); });
+          o = {at("beats"), at("commits"), at("releases"), at("sents"),  at("slots"),
+               at("links"), at("sends"),   at("stride"),   at("segment")};
+          const auto& [address, num_bytes, dmabuf, offset, linked] = windows;
+          const WindowMemory memory{
+              {reinterpret_cast<std::byte*>(address), num_bytes}, {dmabuf, offset}, linked};
+          auto made = unlocked(
+              [&] { return Exchange::create(engine, std::move(s), o, first_epoch, memory); });
           return check(std::move(made));
         }),
-        py::keep_alive<1, 2>())
+        py::keep_alive<1, 2>(), py::keep_alive<1, 7>())
       .def_property_readonly("segment", [](Self& self) { return to_tuple(self.segment()); })
-      .def_property_readonly("region", [](Self& self) { return to_bytes(self.region()); })
+      .def_property_readonly("regions",
+                             [](Self& self) {
+                               return std::make_tuple(to_bytes(self.region()),
+                                                      to_bytes(self.window_region()));
+                             })
       .def("open_rows",
            [](Self& self, uint32_t rank) {
              auto rows = check(unlocked([&] { return self.open_rows(rank); }));
              return std::make_tuple(rows.window, rows.release);
            })
-      .def("map_peer", [](Self& self, uint32_t rank,
-                          const NameTuple& name) { check(self.map_peer(rank, from_tuple(name))); })
+      .def("map_peer",
+           [](Self& self, uint32_t rank, const NameTuple& name, uintptr_t windows) {
+             check(self.map_peer(rank, from_tuple(name), reinterpret_cast<std::byte*>(windows)));
+           })
       .def("link_peer",
-           [](Self& self, uint32_t rank, uint32_t engine_peer, const py::bytes& region,
-              uint32_t window, uint32_t release) {
-             const auto parsed = check(parse_region(from_bytes(region)));
-             check(unlocked(
-                 [&] { return self.link_peer(rank, engine_peer, parsed, {window, release}); }));
+           [](Self& self, uint32_t rank, uint32_t engine_peer,
+              const std::tuple<py::bytes, py::bytes>& regions, uint32_t window, uint32_t release) {
+             const auto region = check(parse_region(from_bytes(std::get<0>(regions))));
+             const auto windows = check(parse_region(from_bytes(std::get<1>(regions))));
+             check(unlocked([&] {
+               return self.link_peer(rank, engine_peer, region, windows, {window, release});
+             }));
            })
       .def("start", [](Self& self) { unlocked([&] { self.start(); }); })
       .def_property_readonly("num_lanes", &Self::num_lanes)

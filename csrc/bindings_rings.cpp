@@ -98,8 +98,11 @@ void bind_kernel_view(py::class_<Exchange>& exchange) {
            })
       .def("blame", &Exchange::blame)
       .def("raise_refusal",
-           [](Exchange& self, uint32_t kind, uint64_t epoch) {
-             check(self.refusal(static_cast<ExchangeKind>(kind), epoch));
+           [](Exchange& self, uint32_t kind, uint64_t epoch, const py::bytes& headers) {
+             const auto bytes = from_bytes(headers);
+             std::vector<Header> parsed(bytes.size() / sizeof(Header));
+             std::memcpy(parsed.data(), bytes.data(), parsed.size() * sizeof(Header));
+             check(self.refusal(static_cast<ExchangeKind>(kind), epoch, parsed));
            })
       .def("judge", [](Exchange& self, const CallFormat& format, const py::bytes& header,
                        uint64_t epoch, uint32_t source, uint64_t identity) {

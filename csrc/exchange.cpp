@@ -45,19 +45,23 @@ bool is_sealed(const Header& header, std::span<const std::byte> counts) {
 // --- construction --------------------------------------------------------------------------------
 
 Result<std::unique_ptr<Exchange>> Exchange::create(Engine& engine, GroupShape shape,
-                                                   WindowOffsets offsets, uint64_t first_epoch) {
-  std::unique_ptr<Exchange> self(new Exchange(engine, std::move(shape), offsets, first_epoch));
+                                                   WindowOffsets offsets, uint64_t first_epoch,
+                                                   WindowMemory windows) {
+  std::unique_ptr<Exchange> self(
+      new Exchange(engine, std::move(shape), offsets, first_epoch, windows));
   if (Status status = self->init(); !status.ok()) return status;
   return self;
 }
 
-Exchange::Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint64_t first_epoch)
+Exchange::Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint64_t first_epoch,
+                   WindowMemory windows)
     : engine_(engine),
       shape_(std::move(shape)),
       offsets_(offsets),
       my_node_(shape_.node_of[shape_.rank]),
       my_local_(shape_.local_of[shape_.rank]),
       num_lanes_(shape_.hops_node ? shape_.node_ranks + shape_.num_nodes : shape_.num_ranks),
+      windows_(windows),
       peers_(shape_.num_ranks),
       links_(shape_.num_ranks),
       first_epoch_(first_epoch),
@@ -71,13 +75,18 @@ Exchange::Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint
 }
 
 Status Exchange::init() {
-  auto segment = SharedSegment::create("moe_comm:windows", offsets_.total);
+  auto segment = SharedSegment::create("moe_comm:windows", offsets_.segment);
   if (!segment.ok()) return segment.status();
   segment_ = std::move(segment.value());
   base_ = segment_.data();
   auto region = engine_.proxy().register_memory(segment_.bytes());
   if (!region.ok()) return region.status();
   region_ = std::move(region.value());
+  if (windows_.linked) {
+    auto registered = engine_.proxy().register_memory(windows_.bytes, windows_.dmabuf);
+    if (!registered.ok()) return registered.status();
+    window_region_ = std::move(registered.value());
+  }
   // Every word starts as if the two epochs before the first had been released, and no epoch had
   // come.
   for (uint64_t e = first_epoch_; e < first_epoch_ + kNumBanks; ++e) {
@@ -88,10 +97,9 @@ Status Exchange::init() {
   }
   forwarded_until_ = first_epoch_ - 1;
   peers_[shape_.rank].base = base_;
+  peers_[shape_.rank].windows = windows_.bytes.empty() ? base_ : windows_.bytes.data();
   return {};
 }
-
-std::vector<std::byte> Exchange::region() const { return serialise(moe_comm::describe(region_)); }
 
 Result<Exchange::Rows> Exchange::open_rows(uint32_t rank) {
   const std::string who = "rank " + std::to_string(rank);
@@ -111,7 +119,7 @@ Result<Exchange::Rows> Exchange::open_rows(uint32_t rank) {
   return links_[rank].rows;
 }
 
-Status Exchange::map_peer(uint32_t rank, const SegmentName& name) {
+Status Exchange::map_peer(uint32_t rank, const SegmentName& name, std::byte* windows) {
   auto segment = SharedSegment::open(name);
   if (!segment.ok())
     return segment.status().with_prefix("windows of rank " + std::to_string(rank) + ": ");
@@ -119,12 +127,13 @@ Status Exchange::map_peer(uint32_t rank, const SegmentName& name) {
   if (!process.ok()) return process.status();
   peers_[rank].segment = std::move(segment.value());
   peers_[rank].base = peers_[rank].segment.data();
+  peers_[rank].windows = windows != nullptr ? windows : peers_[rank].base;
   peers_[rank].process = std::move(process.value());
   return {};
 }
 
 Status Exchange::link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegion& region,
-                           Rows rows) {
+                           const RemoteRegion& window_region, Rows rows) {
   Link& link = links_[rank];
   link.engine_peer = engine_peer;
   if (shape_.hops_node) {
@@ -140,9 +149,12 @@ Status Exchange::link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegi
     link.window_offset = offsets_.slots + 2 * offsets_.stride * shape_.rank;
     link.send_offset = offsets_.sends + 2 * offsets_.stride * index;
   }
-  Channel window{
-      engine_peer, &region_, region, rows.window, {&sent_word(0, rank), &sent_word(1, rank)},
-      &bell(base_)};
+  Channel window{engine_peer,
+                 &of_windows(),
+                 window_region,
+                 rows.window,
+                 {&sent_word(0, rank), &sent_word(1, rank)},
+                 &bell(base_)};
   Channel release{engine_peer, &region_, region, rows.release, {nullptr, nullptr}, nullptr};
   auto window_channel = engine_.proxy().open_channel(std::move(window));
   if (!window_channel.ok()) return window_channel.status();
@@ -160,7 +172,7 @@ void Exchange::start() {
   heartbeat.local_offset = kBeatAt;
   heartbeat.remote_offset = offsets_.beats + 16ull * shape_.rank;
   for (const Link& link : links_) {
-    if (link.present) heartbeat.channels.push_back(link.window_channel);
+    if (link.present) heartbeat.channels.push_back(link.release_channel);
   }
   heartbeat_ = engine_.proxy().add_heartbeat(std::move(heartbeat));
   started_ = true;
@@ -183,7 +195,7 @@ Exchange::~Exchange() {
   for (const Link& link : links_) {
     if (link.present) engine_.proxy().disconnect(link.engine_peer);
   }
-  engine_.proxy().run([this] { region_ = MemoryRegion{}; });
+  engine_.proxy().run([this] { region_ = window_region_ = MemoryRegion{}; });
 }
 
 // What others still need of us has left before we say goodbye: rows to forward, sums to pass on,
@@ -277,17 +289,18 @@ std::vector<bool> Exchange::lost() const {
 
 // --- places --------------------------------------------------------------------------------------
 
-std::byte* Exchange::slot(std::byte* base, uint32_t index, uint64_t epoch) const {
-  return base + offsets_.slots + offsets_.stride * (2ull * index + epoch % kNumBanks);
+std::byte* Exchange::slot(uint32_t reader, uint32_t index, uint64_t epoch) const {
+  return peers_[reader].windows + offsets_.slots +
+         offsets_.stride * (2ull * index + epoch % kNumBanks);
 }
 
 std::byte* Exchange::link_window(uint32_t node, uint64_t epoch) const {
-  return base_ + offsets_.links +
+  return peers_[shape_.rank].windows + offsets_.links +
          offsets_.stride * (2ull * link_index(node, my_node_) + epoch % kNumBanks);
 }
 
 std::byte* Exchange::send_region(const Link& link, uint64_t epoch) const {
-  return base_ + link.send_offset + offsets_.stride * (epoch % kNumBanks);
+  return peers_[shape_.rank].windows + link.send_offset + offsets_.stride * (epoch % kNumBanks);
 }
 
 uint32_t Exchange::rail_peer(uint32_t node) const {

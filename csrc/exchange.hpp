@@ -40,12 +40,21 @@ void seal(Header& header, std::span<const std::byte> counts = {});
 bool is_sealed(const Header& header);  // which says nothing of the counts
 bool is_sealed(const Header& header, std::span<const std::byte> counts);
 
-// Offsets into the window segment, the same on every rank. Made by moe_comm/layout.py, which
-// explains them.
+// The same on every rank. Made by moe_comm/layout.py, which explains them.
 struct WindowOffsets {
-  uint64_t beats = 0, commits = 0, releases = 0,
-           sents = 0;  // control words; the doorbell and own beat lie at 0 and 64
-  uint64_t slots = 0, links = 0, sends = 0, stride = 0, total = 0;
+  // Into the segment: control words; the doorbell and own beat lie at 0 and 64.
+  uint64_t beats = 0, commits = 0, releases = 0, sents = 0;
+  // Into the memory of windows: the segment, or memory of their own.
+  uint64_t slots = 0, links = 0, sends = 0, stride = 0;
+  uint64_t segment = 0;  // its bytes
+};
+
+// Memory that only windows lie in: of a device, say. Whoever made it keeps it until the exchange is
+// gone. The CPU reads and writes none of it, so only kernels can be such a rank.
+struct WindowMemory {
+  std::span<std::byte> bytes;
+  DmaBuf dmabuf;        // by which the network reaches it; none: as memory of the host
+  bool linked = false;  // the network is to reach it
 };
 
 struct GroupShape {
@@ -178,19 +187,27 @@ struct KernelView {
 
 class Exchange {
  public:
+  // `windows` without bytes: they lie in the segment.
   static Result<std::unique_ptr<Exchange>> create(Engine& engine, GroupShape shape,
-                                                  WindowOffsets offsets, uint64_t first_epoch);
+                                                  WindowOffsets offsets, uint64_t first_epoch,
+                                                  WindowMemory windows = {});
   ~Exchange();
 
   // --- construction, in this order; names and descriptors travel through the process group
   const SegmentName& segment() const { return segment_.name(); }
-  std::vector<std::byte> region() const;  // descriptor of the window segment for link peers
+  // Descriptors for link peers: of the segment, and of what windows lie in.
+  std::vector<std::byte> region() const { return serialise(moe_comm::describe(region_)); }
+  std::vector<std::byte> window_region() const {
+    return serialise(moe_comm::describe(of_windows()));
+  }
   struct Rows {
     uint32_t window = 0, release = 0;
   };
   Result<Rows> open_rows(uint32_t rank);  // my immediate rows for what `rank` writes here
-  Status map_peer(uint32_t rank, const SegmentName& name);
-  Status link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegion& region, Rows rows);
+  // `windows`: where this process has the peer's; null: in the segment.
+  Status map_peer(uint32_t rank, const SegmentName& name, std::byte* windows = nullptr);
+  Status link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegion& region,
+                   const RemoteRegion& window_region, Rows rows);
   void start();
 
   // --- instead of calls: kernels are this rank
@@ -202,8 +219,8 @@ class Exchange {
   Status judge(const Call& call, const Header& header, uint64_t epoch, uint32_t source);
   void blame(uint32_t rank);
   // What the first rank that refused this epoch's call says; of windows that came and are not
-  // released.
-  Status refusal(ExchangeKind kind, uint64_t epoch);
+  // released, or of their headers [R], copied from a device.
+  Status refusal(ExchangeKind kind, uint64_t epoch, std::span<const Header> headers = {});
 
   // --- a call
   uint32_t num_lanes() const { return num_lanes_; }
@@ -240,7 +257,8 @@ class Exchange {
   };
   struct Peer {  // of my node
     SharedSegment segment;
-    std::byte* base = nullptr;
+    std::byte* base = nullptr;     // of the segment
+    std::byte* windows = nullptr;  // likewise, or of memory of their own
     ProcessWatch process;
   };
   struct Seen {  // a peer's heartbeat, as this wait saw it last
@@ -256,7 +274,8 @@ class Exchange {
     const std::function<void()>* meanwhile = nullptr;  // at each look
   };
 
-  Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint64_t first_epoch);
+  Exchange(Engine& engine, GroupShape shape, WindowOffsets offsets, uint64_t first_epoch,
+           WindowMemory windows);
   Status init();
   Status drain(double seconds);
   void say_failed();
@@ -267,8 +286,11 @@ class Exchange {
   bool is_local(uint32_t rank) const {
     return shape_.node_of[rank] == my_node_ && !shape_.absent[rank];
   }
-  std::byte* slot(std::byte* base, uint32_t index, uint64_t epoch) const;
+  std::byte* slot(uint32_t reader, uint32_t index, uint64_t epoch) const;
   std::byte* link_window(uint32_t node, uint64_t epoch) const;
+  const MemoryRegion& of_windows() const {
+    return windows_.bytes.empty() ? region_ : window_region_;
+  }
   std::byte* send_region(const Link& link, uint64_t epoch) const;
   uint32_t link_index(uint32_t node, uint32_t mine) const { return node < mine ? node : node - 1; }
   uint32_t rail_peer(uint32_t node) const;
@@ -334,7 +356,8 @@ class Exchange {
   uint32_t my_node_, my_local_, num_lanes_;
   std::vector<int32_t> lane_of_rank_;
   SharedSegment segment_;
-  MemoryRegion region_;
+  WindowMemory windows_;
+  MemoryRegion region_, window_region_;  // of the segment; of windows_, if there are any
   std::byte* base_ = nullptr;
   std::vector<Peer> peers_;  // [R], mapped ones have base
   std::vector<Link> links_;  // [R]

@@ -97,7 +97,7 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
       for (uint32_t g = 0; g < G; ++g) {
         if (to[g] < 0) continue;
         if (starts[g] < 0) starts[g] = to[g];
-        std::byte* window_of = slot(peers_[shape_.rank_of[my_node_ * G + g]].base, source, epoch);
+        std::byte* window_of = slot(shape_.rank_of[my_node_ * G + g], source, epoch);
         copy_row(window_of + kHeaderBytes + counts_bytes(call, false) +
                      static_cast<size_t>(to[g] - starts[g]) * row_bytes,
                  rows, row_bytes, i + 1 < header.rows ? rows + row_bytes : nullptr);
@@ -107,7 +107,7 @@ void Exchange::pass_on(Call& call, uint32_t node, uint64_t epoch, uint32_t round
   }
   for (uint32_t g = 0; g < G; ++g) {
     const uint32_t reader = shape_.rank_of[my_node_ * G + g];
-    std::byte* window_of = slot(peers_[reader].base, source, epoch);
+    std::byte* window_of = slot(reader, source, epoch);
     Header passed = header;
     passed.rows = here[g];
     passed.total_rows = 0;
@@ -141,7 +141,7 @@ Status Exchange::forward_combine(Call& call, uint64_t epoch, uint32_t round) {
       const uint32_t index = shape_.rank_of[node * G + g];
       const Waited waited{&call, epoch, writer, "results"};
       Status status = wait(commit_word(base_, epoch, index), epoch, waited);
-      windows[g] = slot(base_, index, epoch);
+      windows[g] = slot(shape_.rank, index, epoch);
       if (status.ok() && !is_sealed(*reinterpret_cast<const Header*>(windows[g]))) {
         blame(writer);
         status = damaged(writer);

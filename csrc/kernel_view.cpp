@@ -40,13 +40,13 @@ Result<KernelView> Exchange::open_view() {
   const auto address = [](const auto& what) { return reinterpret_cast<uint64_t>(what); };
   table("out", true, [&](uint64_t bank, auto& words) {
     words.assign(by_node ? num_lanes_ : R, 0);
-    for (const uint32_t r : near) words[lane_of(r)] = address(slot(peers_[r].base, me, bank));
+    for (const uint32_t r : near) words[lane_of(r)] = address(slot(r, me, bank));
     for (const uint32_t r : linked) words[lane_of(r)] = address(send_region(links_[r], bank));
   });
   table("in", true, [&](uint64_t bank, auto& words) {
     for (uint32_t r = 0; r < R; ++r) {
       const bool there = by_node || is_local(r) || (links_[r].present && !shape_.absent[r]);
-      words.push_back(there ? address(slot(base_, r, bank)) : 0);
+      words.push_back(there ? address(slot(shape_.rank, r, bank)) : 0);
     }
   });
   table("links", false, [&](uint64_t bank, auto& words) {
@@ -76,8 +76,7 @@ Result<KernelView> Exchange::open_view() {
     };
     const auto index = [&](uint32_t source) { return index_of(shape_.node_of[source], my_local_); };
     table("results", true, [&](uint64_t bank, auto& words) {
-      for (uint32_t r = 0; r < R; ++r)
-        words.push_back(address(slot(peers_[reader(r)].base, index(r), bank)));
+      for (uint32_t r = 0; r < R; ++r) words.push_back(address(slot(reader(r), index(r), bank)));
     });
     table("result_commits", true, [&](uint64_t bank, auto& words) {
       for (const uint32_t r : view.results)
@@ -88,7 +87,7 @@ Result<KernelView> Exchange::open_view() {
     });
     table("passed", true, [&](uint64_t bank, auto& words) {
       for (const uint32_t source : linked)
-        for (const uint32_t r : near) words.push_back(address(slot(peers_[r].base, source, bank)));
+        for (const uint32_t r : near) words.push_back(address(slot(r, source, bank)));
     });
     table("passed_commits", true, [&](uint64_t bank, auto& words) {
       for (const uint32_t source : linked)
@@ -98,7 +97,7 @@ Result<KernelView> Exchange::open_view() {
     table("gathered", true, [&](uint64_t bank, auto& words) {
       for (const uint32_t n : nodes)
         for (uint32_t g = 0; g < G; ++g)
-          words.push_back(address(slot(base_, index_of(n, g), bank)));
+          words.push_back(address(slot(shape_.rank, index_of(n, g), bank)));
     });
     table("sends", true, [&](uint64_t bank, auto& words) {
       for (const uint32_t r : linked) words.push_back(address(send_region(links_[r], bank)));
@@ -106,7 +105,7 @@ Result<KernelView> Exchange::open_view() {
     table("sums", true, [&](uint64_t bank, auto& words) {
       for (uint32_t n = 0; n < shape_.num_nodes; ++n) {
         for (uint32_t g = 0; n == my_node_ && g < G; ++g)
-          words.push_back(address(slot(base_, index_of(n, g), bank)));
+          words.push_back(address(slot(shape_.rank, index_of(n, g), bank)));
         if (n != my_node_) words.push_back(address(link_window(n, bank)));
       }
     });
@@ -211,13 +210,15 @@ Status Exchange::judge(const Call& call, const Header& header, uint64_t epoch, u
   return damaged(source);
 }
 
-Status Exchange::refusal(ExchangeKind kind, uint64_t epoch) {
+Status Exchange::refusal(ExchangeKind kind, uint64_t epoch, std::span<const Header> headers) {
   Call call;
   call.kind = kind;
   call.error = {Code::kInvalid, "refused here, too"};  // its format is not known
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     if (r == shape_.rank || shape_.absent[r]) continue;
-    const Header header = *reinterpret_cast<const Header*>(slot(base_, r, epoch));
+    const Header header = headers.empty()
+                              ? *reinterpret_cast<const Header*>(slot(shape_.rank, r, epoch))
+                              : headers[r];
     if (!is_sealed(header) || header.epoch != epoch || header.status != kHeaderError) continue;
     check_header(call, header, epoch, r);
     return call.failure;

@@ -149,7 +149,7 @@ Status Exchange::wait_headers(Call& call) {
         !status.ok())
       return status;
     if (shape_.absent[source]) continue;
-    const std::byte* window = slot(base_, source, epoch);
+    const std::byte* window = slot(shape_.rank, source, epoch);
     const Header& header = header_of(window);
     check_header(call, header, epoch, source);
     if (call.failure.code() == Code::kTransport) continue;
@@ -241,7 +241,7 @@ Status Exchange::receive(Call& call, uint32_t round) {
         !status.ok())
       return status;
     if (shape_.absent[source]) continue;
-    const std::byte* window = slot(base_, source, epoch);
+    const std::byte* window = slot(shape_.rank, source, epoch);
     check_header(call, header_of(window), epoch, source);
   }
   for (uint32_t n = 0; combine_by_node && n < shape_.num_nodes; ++n) {
@@ -264,7 +264,7 @@ Status Exchange::receive(Call& call, uint32_t round) {
           clear_rows(call, source);
           continue;
         }
-        const std::byte* window = slot(base_, source, epoch);
+        const std::byte* window = slot(shape_.rank, source, epoch);
         if (source == shape_.rank && call.own_rows_direct) {
           unpack_own(call, round);
         } else {
@@ -409,10 +409,11 @@ void Exchange::sum_tokens(Call& call, uint64_t epoch, uint32_t round) {
   std::vector<const std::byte*> windows(num_lanes_);  // rows of each lane
   for (uint32_t lane = 0; lane < num_lanes_; ++lane) {
     if (!shape_.hops_node) {
-      windows[lane] = slot(base_, lane, epoch) + kHeaderBytes;
+      windows[lane] = slot(shape_.rank, lane, epoch) + kHeaderBytes;
     } else if (lane < shape_.node_ranks) {
       windows[lane] =
-          slot(base_, shape_.rank_of[my_node_ * shape_.node_ranks + lane], epoch) + kHeaderBytes;
+          slot(shape_.rank, shape_.rank_of[my_node_ * shape_.node_ranks + lane], epoch) +
+          kHeaderBytes;
     } else if (lane - shape_.node_ranks != my_node_) {
       windows[lane] = link_window(lane - shape_.node_ranks, epoch) + kHeaderBytes;
     }
@@ -495,7 +496,7 @@ void Exchange::sum_copies(const Call& call, uint64_t epoch, uint32_t round) {
   const auto own_lane = static_cast<uint32_t>(lane_of_rank_[shape_.rank]);
   std::vector<const std::byte*> next_copy(shape_.num_ranks);
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
-    next_copy[r] = slot(base_, r, epoch) + kHeaderBytes;
+    next_copy[r] = slot(shape_.rank, r, epoch) + kHeaderBytes;
   }
   for (uint32_t t = first; t < last; ++t) {
     copies_.clear();

@@ -201,8 +201,8 @@ Status Exchange::send_dispatch(Call& call, uint64_t epoch, uint32_t round) {
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     if (!is_local(r)) continue;
     const bool own = r == shape_.rank && call.own_rows_direct;
-    const uint64_t rows = pack(slot(peers_[r].base, shape_.rank, epoch), false, r,
-                               static_cast<uint32_t>(lane_of_rank_[r]), own);
+    const uint64_t rows =
+        pack(slot(r, shape_.rank, epoch), false, r, static_cast<uint32_t>(lane_of_rank_[r]), own);
     stats_.rows_local += rows;
     stats_.bytes_local += rows * call.format.payload_bytes;
     commit(r, shape_.rank, epoch);
@@ -294,7 +294,7 @@ Status Exchange::send_combine(Call& call, uint64_t epoch, uint32_t round) {
     const uint32_t source = shape_.rank_of[node * shape_.node_ranks + local];
     const uint32_t index = shape_.rank_of[node * shape_.node_ranks + my_local_];
     if (shape_.absent[reader]) return;
-    const uint32_t rows = pack(slot(peers_[reader].base, index, epoch), source);
+    const uint32_t rows = pack(slot(reader, index, epoch), source);
     stats_.rows_local += rows;
     stats_.bytes_local += static_cast<uint64_t>(rows) * call.format.payload_bytes;
     commit(reader, index, epoch);

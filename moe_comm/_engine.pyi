@@ -373,17 +373,26 @@ class Exchange:
         shape: Mapping[str, object],
         offsets: Mapping[str, int],
         first_epoch: int,
-    ) -> None: ...
+        windows: tuple[int, int, int, int, bool],
+        owner: object,
+    ) -> None:
+        """`windows`: address and bytes of memory of their own (0, 0: in the segment), a dmabuf of it (-1: none) and its
+        offset, and whether the network is to reach it. `owner` is kept until they are not used any more."""
+
     @property
     def segment(self) -> _SegmentName: ...
     @property
-    def region(self) -> bytes: ...
+    def regions(self) -> tuple[bytes, bytes]:
+        """Descriptors of the segment, and of what the windows lie in."""
+
     def open_rows(self, rank: int) -> tuple[int, int]:
         """Immediate rows (window, release) for what `rank` writes here."""
 
-    def map_peer(self, rank: int, name: _SegmentName) -> None: ...
+    def map_peer(self, rank: int, name: _SegmentName, windows: int) -> None:
+        """`windows`: where this process has the peer's; 0: in the segment."""
+
     def link_peer(
-        self, rank: int, engine_peer: int, region: bytes, window: int, release: int
+        self, rank: int, engine_peer: int, regions: tuple[bytes, bytes], window: int, release: int
     ) -> None: ...
     def start(self) -> None: ...
     def open_view(self) -> dict[str, Any]:
@@ -400,8 +409,9 @@ class Exchange:
     ) -> None:
         """Raises what is wrong with a header that a kernel did not take."""
 
-    def raise_refusal(self, kind: int, epoch: int) -> None:
-        """Raises the PeerError of the first rank that refused this epoch's call, whose windows came."""
+    def raise_refusal(self, kind: int, epoch: int, headers: bytes) -> None:
+        """Raises the PeerError of the first rank that refused this epoch's call, whose windows came. `headers`: of all
+        ranks, copied from a device; none: those in the windows."""
 
     def blame(self, rank: int) -> None:
         """What this rank's fault goes back to, unless it is known."""

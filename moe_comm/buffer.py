@@ -72,6 +72,8 @@ class Buffer:
             (kernel_exchange.py; needs max_tokens that fit one round, and no mask_lost); nothing waits for the host,
             but where exact sizes are asked for. None (or MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by
             copies (staging.py).
+        windows: with a device, where they lie: "device", "host", or "auto", which is "device" if every rank can
+            (MOE_COMM_WINDOWS; window_memory.py).
         rejoin: this process takes a dead rank's place: waits until the others `recover(expect=[rank])`.
 
     Raises: MismatchError if ranks pass different parameters; ArgumentError; TransportError with the reason.
@@ -98,6 +100,7 @@ class Buffer:
         mask_lost: bool = False,
         rejoin: bool = False,
         device: torch.device | str | None = None,
+        windows: str | None = None,
     ):
         self._end: str | None = "was never opened"  # why it cannot be used
         if hops not in HOPS:
@@ -105,7 +108,7 @@ class Buffer:
         self.group = EPGroup.of(group)
         self.config = Config.resolve(
             window_bytes=window_bytes, transport=transport, interface=interface, ranks_per_node=ranks_per_node,
-            timeout_s=timeout_s, device=None if device is None else str(device),
+            timeout_s=timeout_s, device=None if device is None else str(device), windows=windows,
         )  # fmt: skip
         self.device = device_named(self.config.device)
         self.kernels: KernelExchange | None = None
@@ -124,7 +127,10 @@ class Buffer:
             "window_bytes": self.config.window_bytes, "transport": self.config.transport,
             "ranks_per_node": self.config.ranks_per_node, "first_epoch": self.config.first_epoch,
             "device": self.device.type if self.config.device else "",
+            "windows": self.config.windows if self.config.device else "",
         }  # fmt: skip
+        if windows is not None and not self.config.device:
+            raise wrong("windows", "None without a device", windows)
         self._lock = threading.RLock()
         self._unhooked: list[tuple[PendingDispatch | PendingCombine, Hook]] = []
         self._counts = {"dispatches": 0, "combines": 0, "rounds": 0}
@@ -157,9 +163,12 @@ class Buffer:
             layout = WindowLayout.for_rows(
                 group.num_ranks, nodes, hops, capacity=rows, row_bytes=row.row_bytes, num_experts=num_experts
             )  # fmt: skip
-        opened = open_exchange(group, self.config, hops, found, layout, absent, self.mask_lost)
+        opened = open_exchange(
+            group, self.config, hops, found, layout, absent, self.mask_lost, self.device if self.config.device else None
+        )  # fmt: skip
         self.hops, self.layout = hops, layout
         self.engine, self.native, self.topology = opened.engine, opened.native, opened.topology
+        self.window_memory = opened.windows  # of the device, or None
         self._home = self.topology.node_of
         self.group_key = group.secret
         self.formats: dict[tuple, CallFormat] = {}  # by shapes and dtypes: dispatch.py, combine.py
@@ -187,6 +196,11 @@ class Buffer:
     def window_bytes(self) -> int:
         """Bytes of all windows: 2·(R + 2(N-1))·C·row for hops="node", 2·(2R - G)·C·row for hops="rank"."""
         return self.layout.window_bytes
+
+    @property
+    def windows_on(self) -> torch.device:
+        """Whose memory the windows lie in."""
+        return CPU if self.window_memory is None else self.device
 
     def __repr__(self) -> str:
         t = self.topology
@@ -431,9 +445,22 @@ class Buffer:
         with self._lock:
             self._end = "was closed"
             self._unhooked.clear()
-            if self.kernels is not None:
-                self.kernels.close(timeout_s)
-            self.native.close(timeout_s)
+            self._close_exchange(timeout_s)
+
+    def _close_exchange(self, timeout_s: float) -> None:
+        if self.kernels is not None:
+            self.kernels.close(timeout_s)
+        if self.window_memory is not None:
+            self.window_memory.unmap_peers()
+        self.native.close(timeout_s)
+        if self.window_memory is not None:
+            from .window_memory import keep_until_unused
+
+            near = [
+                r for r in range(self.num_ranks) if r != self.rank and self.topology.is_local(r)
+            ]
+            keep_until_unused(self.native, near, timeout_s)
+            self.window_memory = None
 
     # --- generations ---------------------------------------------------------------------------------
 
@@ -490,9 +517,7 @@ class Buffer:
     def _leave_generation(self) -> None:
         self.native.fail("this rank left the generation to recover")
         self._unhooked.clear()
-        if self.kernels is not None:
-            self.kernels.close(0.0)
-        self.native.close(0.0)
+        self._close_exchange(0.0)
 
     def _meet(
         self, expected: Collection[int], mask: Collection[int], *, joining: bool, timeout_s: float

@@ -39,6 +39,12 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
         "cuda: Buffers whose calls are kernels, and deep_ep's low-latency calls, on tensors of that GPU; empty: CPU "
         "tensors, CUDA tensors by copies",
     ),
+    "MOE_COMM_WINDOWS": (
+        str,
+        "auto",
+        "where windows of such Buffers lie: device (its memory), host (pinned, mapped), or auto: device if every rank "
+        "can (moe_comm.window_memory)",
+    ),
     "MOE_COMM_RANKS_PER_NODE": (
         int,
         0,
@@ -101,6 +107,7 @@ class Config:
     chaos_seed: int
     first_epoch: int
     device: str
+    windows: str
 
     @classmethod
     def resolve(cls, **given: Any) -> "Config":

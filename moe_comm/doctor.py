@@ -169,7 +169,7 @@ def gpu_section() -> Section:
 def window_section() -> Section:
     """Where windows and rings of a GPU would lie here, and why."""
     try:
-        kind, why = importlib.import_module("moe_comm.memory").window_memory()
+        kind, why = importlib.import_module("moe_comm.window_memory").window_memory()
     except ImportError as error:
         kind, why = "host memory", str(error)
     return {"kind": kind, "why": why}

@@ -6,8 +6,12 @@ find the address of each host that the others can reach (source.py); over verbs 
 everywhere (nics.py). Each error is gathered, too, so that all ranks raise together.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
 
 from . import _engine
 from .config import Config
@@ -28,6 +32,7 @@ class OpenExchange:
     engine: _engine.Engine
     native: _engine.Exchange
     topology: Topology
+    windows: Any = None  # memory of a device that they lie in (window_memory.py)
 
 
 def choose_transport(group: EPGroup, asked: str, survey: Survey) -> str:
@@ -58,8 +63,10 @@ def open_exchange(
     layout: WindowLayout,
     absent: tuple[bool, ...] = (),
     mask_lost: bool = False,
+    device: torch.device | None = None,
 ) -> OpenExchange:
-    """Collective. Raises on every rank if one of them fails. `absent` [R]: not there; only with hops="rank"."""
+    """Collective. Raises on every rank if one of them fails. `absent` [R]: not there; only with hops="rank". `device`:
+    whose kernels are this rank."""
     topology = survey.topology
     shape = {
         "rank": group.rank, "num_ranks": group.num_ranks, "num_nodes": topology.num_nodes,
@@ -86,12 +93,27 @@ def open_exchange(
     if transport.startswith("fabric:tcp"):
         interface = interface or reachable_address(group)
 
+    near = [r for r in present if r != group.rank and topology.is_local(r)]
+    windows: Any = None
+    places: dict[int, int] = {}
+    if device is not None:
+        from . import window_memory  # there is none of it where the CPU is this rank
+
+        engine, _ = all_or_none(
+            group, "opening the transport", lambda: _engine_of(group, config, transport, interface), lambda made: None
+        )  # fmt: skip
+        windows, places = window_memory.open_window_memory(
+            group, config.windows, device, layout.offsets(apart=True)["total"], engine, linked, near
+        )
+
     def prepare() -> tuple[_engine.Engine, _engine.Exchange, dict]:
         engine = _engine_of(group, config, transport, interface)
-        native = _engine.Exchange(engine, shape, layout.offsets(), config.first_epoch)
+        offsets = layout.offsets(apart=windows is not None)
+        with _described(windows, bool(linked)) as memory:
+            native = _engine.Exchange(engine, shape, offsets, config.first_epoch, memory, windows)
         rows = {r: native.open_rows(r) for r in linked}
         return engine, native, {
-            "segment": native.segment, "region": native.region, "address": engine.address, "rows": rows,
+            "segment": native.segment, "regions": native.regions, "address": engine.address, "rows": rows,
         }  # fmt: skip
 
     (engine, native, _), offers = all_or_none(
@@ -99,9 +121,8 @@ def open_exchange(
     )
 
     def connect() -> None:
-        for r in present:
-            if r != group.rank and topology.is_local(r):
-                native.map_peer(r, offers[r]["segment"])
+        for r in near:
+            native.map_peer(r, offers[r]["segment"], places.get(r, 0))
         peers = {r: engine.connect(offers[r]["address"]) for r in linked}
         for r, peer in peers.items():
             try:
@@ -111,11 +132,21 @@ def open_exchange(
                     f"rank {group.rank} to rank {r} over {engine.transport}: {error}"
                 ) from None
             window, release = offers[r]["rows"][group.rank]
-            native.link_peer(r, peer, offers[r]["region"], window, release)
+            native.link_peer(r, peer, offers[r]["regions"], window, release)
 
     all_or_none(group, "connecting", connect, lambda made: None)
     native.start()
-    return OpenExchange(engine, native, topology)
+    return OpenExchange(engine, native, topology, windows)
+
+
+@contextlib.contextmanager
+def _described(windows: Any, linked: bool) -> Iterator[tuple[int, int, int, int, bool]]:
+    """Memory of windows as the engine takes it."""
+    if windows is None:
+        yield 0, 0, -1, 0, False
+        return
+    with windows.exported() if linked else contextlib.nullcontext((-1, 0)) as dmabuf:
+        yield windows.address, windows.num_bytes, *dmabuf, linked
 
 
 def _engine_of(group: EPGroup, config: Config, transport: str, interface: str) -> _engine.Engine:

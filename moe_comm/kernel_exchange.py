@@ -6,7 +6,8 @@
 
 The windows are the same as those of a Buffer of CPU tensors (csrc/exchange.hpp), and so is every byte in them; who
 writes and reads them are kernels on one stream, in the order of calls, and the proxy sends what they push. The host
-waits for nothing, but for sizes where a call asks for exact ones. Windows lie in host memory that the device maps.
+waits for nothing, but for sizes where a call asks for exact ones. Windows lie in memory of the device, or of the host
+that the device maps (window_memory.py); control words always there.
 
 - **Epochs** are counted on the device (headers.cuh: Begin), so that a captured graph takes new ones at each replay.
 - **Errors** that kernels find stand in what they tell the host (`Told`): raised by the call that reads it, or by the
@@ -63,6 +64,7 @@ class KernelExchange:
         self.rank, self.num_ranks = topology.rank, buffer.num_ranks
         self.kernels = for_device(self.device)
         self._late_s = buffer.config.timeout_s
+        self._windows, self._offsets = buffer.window_memory, buffer.layout.offsets(apart=True)
         self.ring = DeviceRing(
             buffer.engine, self.device, num_words=3, num_times=self.num_ranks, timeout_s=buffer.config.timeout_s,
             silent_s=buffer.config.silence_s,
@@ -138,6 +140,9 @@ class KernelExchange:
         for first, size, pinned in self._pinned:
             if first <= address < first + size:
                 return pinned.on_device(address)
+        for first, size in self._windows.spans if self._windows is not None else ():
+            if first <= address < first + size:
+                return address
         if address:
             raise AssertionError(f"{address:#x} is in no segment")
         return 0
@@ -446,9 +451,17 @@ class KernelExchange:
             event.record(self.stream)
             self._wait(event, "a refused call", self.late_s(timeout_s))
         try:
-            self.native.raise_refusal(kind, int(epoch) % 2**64)
+            self.native.raise_refusal(kind, int(epoch) % 2**64, self._headers(int(epoch) % 2))
         except PeerError as refusal:
             call.refusal = refusal
+
+    def _headers(self, bank: int) -> bytes:
+        """Of all ranks, where the host cannot read windows."""
+        if self._windows is None:
+            return b""
+        first = self._windows.address + self._offsets["slots"] + bank * self._offsets["stride"]
+        places = (first + 2 * r * self._offsets["stride"] for r in range(self.num_ranks))
+        return b"".join(self._windows.read(place, HEADER_BYTES) for place in places)
 
     def leave(self, report: Report) -> None:
         """To be looked at now if it is there, else by a later call (`raise_errors` before it keeps them few)."""

@@ -1,6 +1,7 @@
 """WindowLayout and RowFormat: the only list of regions, offsets and bytes. Both sides of every copy compute from here.
 
-One shared segment per rank and Buffer (all offsets and strides are multiples of 64):
+One shared segment per rank and Buffer, or one of control words and memory of their own for the windows, of a device
+(window_memory.py). All offsets and strides are multiples of 64:
 
     doorbell · own heartbeat · heartbeats[R] · commits[2][R + N] · releases[2][R] · sents[2][R]      control words
     slots[R][2]      receive windows, one for each rank of the group, in two banks
@@ -177,22 +178,25 @@ class WindowLayout:
             )
         return capacity
 
-    def offsets(self) -> dict[str, int]:
-        """What csrc/exchange.hpp calls WindowOffsets."""
+    def offsets(self, *, apart: bool = False) -> dict[str, int]:
+        """What csrc/exchange.hpp calls WindowOffsets; `total`: where the last window ends. `apart`: windows are in
+        memory of their own, at 0."""
         R, N = self.num_ranks, self.num_nodes
         beats = 128
         commits = _up(beats + 16 * R, _ALIGN)
         releases = _up(commits + 8 * 2 * (R + N), _ALIGN)
         sents = _up(releases + 8 * 2 * R, _ALIGN)
-        slots = _up(sents + 8 * 2 * R, 4096)
+        control = _up(sents + 8 * 2 * R, 4096)
+        slots = 0 if apart else control
         links = slots + 2 * R * self.stride
         num_links = N - 1 if self.hops == "node" else 0
         sends = links + 2 * num_links * self.stride
         num_sends = N - 1 if self.hops == "node" else R - self.node_ranks
+        total = sends + 2 * num_sends * self.stride
         return {
             "beats": beats, "commits": commits, "releases": releases, "sents": sents,
             "slots": slots, "links": links, "sends": sends, "stride": self.stride,
-            "total": sends + 2 * num_sends * self.stride,
+            "total": total, "segment": control if apart else total,
         }  # fmt: skip
 
     @property

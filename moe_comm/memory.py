@@ -5,7 +5,8 @@ over it is gone. Used and kept together never exceed what was once in use at a t
 
 Calls with CUDA tensors have their results made elsewhere, by `allocated_by` (staging.py).
 
-Memory of the engine that a GPU reads and writes itself is pinned by `Pinned`; `window_memory` says what there is.
+Memory of the engine that a GPU reads and writes itself is pinned by `Pinned`; windows may lie on the device instead
+(window_memory.py).
 """
 
 import contextlib
@@ -60,12 +61,14 @@ def allocated_by(new: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> Itera
 
 _REGISTER_PORTABLE, _REGISTER_MAPPED = 1, 2  # CU_MEMHOSTREGISTER_*
 _RANGE_AS_DMA_BUF = 1  # CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD
-_CAN_MAP_HOST_MEMORY, _HOST_REGISTER_SUPPORTED, _STREAM_MEM_OPS, _DMA_BUF_SUPPORTED = (
-    19,
-    99,
-    122,
-    124,
-)
+
+
+@contextlib.contextmanager
+def in_context(device: torch.device) -> Iterator[None]:
+    """The device is the current one, and has a context."""
+    with torch.cuda.device(device):
+        torch.empty(1, device=device)
+        yield
 
 
 class Pinned:
@@ -82,8 +85,7 @@ class Pinned:
         from .kernels import fused  # device code is loaded where there is a device
 
         base = fused.WORD()
-        with torch.cuda.device(device):
-            torch.empty(1, device=device)  # the context is there
+        with in_context(device):
             fused.driver().call(
                 "cuMemHostRegister_v2", fused.WORD(address), fused.WORD(num_bytes),
                 _REGISTER_PORTABLE | _REGISTER_MAPPED,
@@ -102,59 +104,33 @@ class Pinned:
         if self._mapped:
             from .kernels import fused
 
-            with contextlib.suppress(RuntimeError), torch.cuda.device(self._device):
+            with contextlib.suppress(RuntimeError), in_context(self._device):
                 fused.driver().call("cuMemHostUnregister", fused.WORD(self._address))
 
 
 @contextlib.contextmanager
-def exported(tensor: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """(a descriptor of a dmabuf, offset of the first byte in it) of a contiguous CUDA tensor, as NICs take it.
+def dmabuf_of(address: int, num_bytes: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """(a descriptor of a dmabuf, offset of the first byte in it) of memory of a CUDA device, as NICs take it.
 
     What took it keeps it; the descriptor is closed here. Raises: TransportError where the driver refuses. Never ran on
-    hardware (2026-11-21).
+    hardware (2026-11-22).
     """
     from .kernels import fused
 
-    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    size = -(-(tensor.data_ptr() + tensor.nbytes - first) // mmap.PAGESIZE) * mmap.PAGESIZE
+    first = address // mmap.PAGESIZE * mmap.PAGESIZE
+    size = -(-(address + num_bytes - first) // mmap.PAGESIZE) * mmap.PAGESIZE
     descriptor = ctypes.c_int(-1)
     try:
-        with torch.cuda.device(tensor.device):
+        with in_context(device):
             fused.driver().call(
                 "cuMemGetHandleForAddressRange", ctypes.byref(descriptor), fused.WORD(first),
                 ctypes.c_size_t(size), _RANGE_AS_DMA_BUF, fused.WORD(0),
             )  # fmt: skip
     except (ImportError, RuntimeError) as error:
         raise TransportError(
-            f"memory: {tensor.device} exports no dmabuf ({error}): register pinned host memory instead"
+            f"memory: {device} exports no dmabuf ({error}): register pinned host memory instead"
         ) from None
     try:
-        yield descriptor.value, tensor.data_ptr() - first
+        yield descriptor.value, address - first
     finally:
         os.close(descriptor.value)
-
-
-def window_memory() -> tuple[str, str]:
-    """(what memory a GPU's windows and rings would have here, why)."""
-    if not torch.cuda.is_available():
-        return "host memory", f"torch {torch.__version__} sees no CUDA device"
-    from .kernels import fused
-
-    try:
-        asked = (
-            _CAN_MAP_HOST_MEMORY,
-            _HOST_REGISTER_SUPPORTED,
-            _STREAM_MEM_OPS,
-            _DMA_BUF_SUPPORTED,
-        )
-        maps, registers, waits, dmabuf = (fused.driver().attribute(a, 0) for a in asked)
-    except (ImportError, RuntimeError) as error:
-        return "host memory", str(error)
-    if not (maps and registers):
-        return "host memory", "the device cannot map memory of the host"
-    why = "the device maps and pins memory of the host"
-    if not waits:
-        why += "; streams cannot wait for 64-bit words"
-    if dmabuf:
-        why += "; device memory (dmabuf) would be possible, no window lies there yet"
-    return "host-staged: pinned, mapped host memory", why

@@ -16,7 +16,7 @@ from . import _engine
 from .arguments import describe
 from .arguments import expect as require
 from .errors import ArgumentError
-from .memory import exported
+from .memory import dmabuf_of
 
 if TYPE_CHECKING:
     from .engine import TransferEngine
@@ -36,7 +36,7 @@ class Region:
         self.engine = engine
         self.num_bytes = num_bytes
         if isinstance(memory, Tensor) and memory.is_cuda:
-            with exported(memory) as (dmabuf, offset):
+            with dmabuf_of(address, num_bytes, memory.device) as (dmabuf, offset):
                 self._number = engine.native.register(address, num_bytes, dmabuf, offset)
         else:
             self._number = engine.native.register(address, num_bytes)

@@ -2,10 +2,12 @@
 
 Public calls are wrapped: tensors they are given are moved to the device, the real call runs on those, and what it
 returns is moved back and compared as ever. far: tests/far.py, a pretended one. cuda: the first GPU.
-kernels: Buffers that can be are made of kernels, run by threads of the host (tests/kernels/host_device.py).
+kernels: Buffers that can be are made of kernels, run by threads of the host (tests/kernels/host_device.py). apart: so,
+and windows lie in memory of their own, as if it were a device's (tests/kernels/apart.py).
 """
 
 import functools
+import importlib
 import os
 import sys
 import tempfile
@@ -18,7 +20,8 @@ import moe_comm
 from moe_comm import Dispatched
 from moe_comm.event import Hook
 
-KINDS = ("far", "cuda", "kernels")
+KINDS = ("far", "cuda", "kernels", "apart")
+OF_KERNELS = ("kernels", "apart")
 VARIABLE, LIBRARY = "MOE_COMM_TEST_THROUGH", "MOE_COMM_TEST_KERNELS"
 _real: dict = {}
 
@@ -84,8 +87,8 @@ def wrap(method, kind):
 
 def install(kind):
     """Wraps moe_comm.Buffer's calls in this process."""
-    if kind == "kernels":
-        return install_kernels()
+    if kind in OF_KERNELS:
+        return install_kernels(apart=kind == "apart")
     if kind == "far":
         far.install()
     for name in ("dispatch", "combine"):
@@ -96,10 +99,12 @@ def install(kind):
 MOST_TOKENS = 512
 
 
-def install_kernels():
+def install_kernels(apart=False):
     sys.path.append(str(Path(__file__).parent / "kernels"))
     import host_device
 
+    if apart:
+        importlib.import_module("apart").install()
     library = os.environ.get(LIBRARY)
     if library is None:
         library = os.environ[LIBRARY] = host_device.build(

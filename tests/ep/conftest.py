@@ -1,6 +1,7 @@
 """The whole ep suite runs twice: over the plain transport, and over one that delays, splits and reorders everything."""
 
 import pytest
+from through import OF_KERNELS
 
 
 @pytest.fixture(autouse=True, params=["plain", "chaos"])
@@ -25,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
         params = getattr(item, "callspec", _none).params.values()
         if through and ("chaos" in params or item.get_closest_marker("host")):
             return False
-        if through == "kernels" and item.get_closest_marker("loops"):
+        if through in OF_KERNELS and item.get_closest_marker("loops"):
             return False
         return not ("chaos" in params and item.get_closest_marker("plain"))
 
