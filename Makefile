@@ -37,6 +37,8 @@ FAULTS := tests/faults tests/ep/test_faults.py tests/ep/test_generations.py test
     tests/cpp/test_sanitized.py
 THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes hooks handles wrong_input autograd generations \
     faults))
+# With windows in a (pretended) device's memory.
+THROUGH_APART := $(addprefix tests/ep/test_,$(addsuffix .py,exchange hooks handles wrong_input generations faults))
 # deep_ep's low-latency calls by kernels, and what makes them.
 LOW_LATENCY := tests/clients/test_deep_ep_legacy_low_latency.py tests/clients/test_deep_ep_legacy_limits.py
 LOW_LATENCY_CLIENTS := tests/clients/test_integration_sglang.py tests/clients/test_integration_vllm.py \
@@ -87,6 +89,7 @@ test-device: ## the exchange's own tests, its calls made by kernels as host code
 	@.dev/setup.sh test
 	@$(PYTEST) -q -ra --maxfail=5 --durations=5 --through kernels $(THROUGH_KERNELS) $(ARGS)
 	@$(BY_KERNELS) $(LOW_LATENCY) $(ARGS) || [ $$? = 5 ]
+	@PYTEST_ADDOPTS= $(PYTEST) -q -ra --maxfail=5 --through apart $(THROUGH_APART) $(ARGS) || [ $$? = 5 ]
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped

@@ -37,6 +37,7 @@ GPU_TESTS = (
     "tests/kernels/test_cuda_launch.py",
     "tests/kernels/test_device_ring.py",
     "tests/kernels/test_kernel_buffer.py",
+    "tests/kernels/test_window_memory.py",
     "tests/unit/test_doctor.py",
     "tests/ep/test_staging.py",
 )

@@ -144,10 +144,8 @@ Status Exchange::link_peer(uint32_t rank, uint32_t engine_peer, const RemoteRegi
     link.send_offset =
         offsets_.sends + 2 * offsets_.stride * link_index(shape_.node_of[rank], my_node_);
   } else {
-    uint32_t index = 0;
-    for (uint32_t r = 0; r < rank; ++r) index += shape_.node_of[r] == my_node_ ? 0 : 1;
-    link.window_offset = offsets_.slots + 2 * offsets_.stride * shape_.rank;
-    link.send_offset = offsets_.sends + 2 * offsets_.stride * index;
+    link.window_offset = offsets_.far_slots + 2 * offsets_.stride * far_index(shape_.rank, rank);
+    link.send_offset = offsets_.sends + 2 * offsets_.stride * far_index(rank, shape_.rank);
   }
   Channel window{engine_peer,
                  &of_windows(),
@@ -290,17 +288,29 @@ std::vector<bool> Exchange::lost() const {
 // --- places --------------------------------------------------------------------------------------
 
 std::byte* Exchange::slot(uint32_t reader, uint32_t index, uint64_t epoch) const {
-  return peers_[reader].windows + offsets_.slots +
-         offsets_.stride * (2ull * index + epoch % kNumBanks);
+  const auto window = [&](std::byte* first, uint64_t number) {
+    return first + offsets_.stride * (2 * number + epoch % kNumBanks);
+  };
+  if (shape_.hops_node) return window(peers_[reader].windows + offsets_.slots, index);
+  if (shape_.node_of[index] == shape_.node_of[reader])
+    return window(peers_[reader].windows + offsets_.slots, shape_.local_of[index]);
+  return window(far_windows() + offsets_.far_slots, far_index(index, reader));  // of this rank
+}
+
+// Among the ranks of other nodes than the reader's.
+uint32_t Exchange::far_index(uint32_t rank, uint32_t reader) const {
+  uint32_t index = 0;
+  for (uint32_t r = 0; r < rank; ++r) index += shape_.node_of[r] == shape_.node_of[reader] ? 0 : 1;
+  return index;
 }
 
 std::byte* Exchange::link_window(uint32_t node, uint64_t epoch) const {
-  return peers_[shape_.rank].windows + offsets_.links +
+  return far_windows() + offsets_.links +
          offsets_.stride * (2ull * link_index(node, my_node_) + epoch % kNumBanks);
 }
 
 std::byte* Exchange::send_region(const Link& link, uint64_t epoch) const {
-  return peers_[shape_.rank].windows + link.send_offset + offsets_.stride * (epoch % kNumBanks);
+  return far_windows() + link.send_offset + offsets_.stride * (epoch % kNumBanks);
 }
 
 uint32_t Exchange::rail_peer(uint32_t node) const {

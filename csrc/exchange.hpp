@@ -44,8 +44,11 @@ bool is_sealed(const Header& header, std::span<const std::byte> counts);
 struct WindowOffsets {
   // Into the segment: control words; the doorbell and own beat lie at 0 and 64.
   uint64_t beats = 0, commits = 0, releases = 0, sents = 0;
-  // Into the memory of windows: the segment, or memory of their own.
-  uint64_t slots = 0, links = 0, sends = 0, stride = 0;
+  // Into the segment, or memory of their own: windows that ranks of the node write; and those that
+  // the network writes or reads.
+  uint64_t slots = 0;
+  uint64_t far_slots = 0, links = 0, sends = 0;
+  uint64_t stride = 0;
   uint64_t segment = 0;  // its bytes
 };
 
@@ -54,7 +57,7 @@ struct WindowOffsets {
 struct WindowMemory {
   std::span<std::byte> bytes;
   DmaBuf dmabuf;        // by which the network reaches it; none: as memory of the host
-  bool linked = false;  // the network is to reach it
+  bool linked = false;  // the network reaches it, and all windows lie there; else those of the node
 };
 
 struct GroupShape {
@@ -288,9 +291,10 @@ class Exchange {
   }
   std::byte* slot(uint32_t reader, uint32_t index, uint64_t epoch) const;
   std::byte* link_window(uint32_t node, uint64_t epoch) const;
-  const MemoryRegion& of_windows() const {
-    return windows_.bytes.empty() ? region_ : window_region_;
-  }
+  // What the network reaches windows in.
+  std::byte* far_windows() const { return windows_.linked ? windows_.bytes.data() : base_; }
+  const MemoryRegion& of_windows() const { return windows_.linked ? window_region_ : region_; }
+  uint32_t far_index(uint32_t rank, uint32_t reader) const;
   std::byte* send_region(const Link& link, uint64_t epoch) const;
   uint32_t link_index(uint32_t node, uint32_t mine) const { return node < mine ? node : node - 1; }
   uint32_t rail_peer(uint32_t node) const;

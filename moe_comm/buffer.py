@@ -168,7 +168,7 @@ class Buffer:
         )  # fmt: skip
         self.hops, self.layout = hops, layout
         self.engine, self.native, self.topology = opened.engine, opened.native, opened.topology
-        self.window_memory = opened.windows  # of the device, or None
+        self.window_memory, self._apart = opened.windows, opened.apart
         self._home = self.topology.node_of
         self.group_key = group.secret
         self.formats: dict[tuple, CallFormat] = {}  # by shapes and dtypes: dispatch.py, combine.py
@@ -198,9 +198,9 @@ class Buffer:
         return self.layout.window_bytes
 
     @property
-    def windows_on(self) -> torch.device:
-        """Whose memory the windows lie in."""
-        return CPU if self.window_memory is None else self.device
+    def windows(self) -> str:
+        """The memory they lie in: "host", "device", or "device in a node" with those of the network in the host's."""
+        return {"": "host", "near": "device in a node", "all": "device"}[self._apart]
 
     def __repr__(self) -> str:
         t = self.topology

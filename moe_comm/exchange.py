@@ -32,7 +32,8 @@ class OpenExchange:
     engine: _engine.Engine
     native: _engine.Exchange
     topology: Topology
-    windows: Any = None  # memory of a device that they lie in (window_memory.py)
+    windows: Any = None  # memory of a device (window_memory.py)
+    apart: str = ""  # which of them lie there: layout.py
 
 
 def choose_transport(group: EPGroup, asked: str, survey: Survey) -> str:
@@ -96,20 +97,21 @@ def open_exchange(
     near = [r for r in present if r != group.rank and topology.is_local(r)]
     windows: Any = None
     places: dict[int, int] = {}
+    apart = ""
     if device is not None:
         from . import window_memory  # there is none of it where the CPU is this rank
 
         engine, _ = all_or_none(
             group, "opening the transport", lambda: _engine_of(group, config, transport, interface), lambda made: None
         )  # fmt: skip
-        windows, places = window_memory.open_window_memory(
-            group, config.windows, device, layout.offsets(apart=True)["total"], engine, linked, near
+        windows, places, apart = window_memory.open_window_memory(
+            group, config.windows, device, layout, engine, near
         )
 
     def prepare() -> tuple[_engine.Engine, _engine.Exchange, dict]:
         engine = _engine_of(group, config, transport, interface)
-        offsets = layout.offsets(apart=windows is not None)
-        with _described(windows, bool(linked)) as memory:
+        offsets = layout.offsets(apart)
+        with _described(windows, apart == "all") as memory:
             native = _engine.Exchange(engine, shape, offsets, config.first_epoch, memory, windows)
         rows = {r: native.open_rows(r) for r in linked}
         return engine, native, {
@@ -136,12 +138,12 @@ def open_exchange(
 
     all_or_none(group, "connecting", connect, lambda made: None)
     native.start()
-    return OpenExchange(engine, native, topology, windows)
+    return OpenExchange(engine, native, topology, windows, apart)
 
 
 @contextlib.contextmanager
 def _described(windows: Any, linked: bool) -> Iterator[tuple[int, int, int, int, bool]]:
-    """Memory of windows as the engine takes it."""
+    """Memory of windows as the engine takes it. `linked`: the network reaches it."""
     if windows is None:
         yield 0, 0, -1, 0, False
         return

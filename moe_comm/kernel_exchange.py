@@ -18,6 +18,7 @@ that the device maps (window_memory.py); control words always there.
 """
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,13 +65,14 @@ class KernelExchange:
         self.rank, self.num_ranks = topology.rank, buffer.num_ranks
         self.kernels = for_device(self.device)
         self._late_s = buffer.config.timeout_s
-        self._windows, self._offsets = buffer.window_memory, buffer.layout.offsets(apart=True)
+        self._windows = buffer.window_memory
         self.ring = DeviceRing(
             buffer.engine, self.device, num_words=3, num_times=self.num_ranks, timeout_s=buffer.config.timeout_s,
             silent_s=buffer.config.silence_s,
         )  # fmt: skip
         self._ring_struct = self.ring.struct
         view = native.open_view()
+        self._read = {name: words for name, _, words in view["tables"]}["in"]
         self._pinned = [
             (first, size, Pinned(first, size, self.device)) for first, size in view["segments"]
         ]
@@ -456,12 +458,17 @@ class KernelExchange:
             call.refusal = refusal
 
     def _headers(self, bank: int) -> bytes:
-        """Of all ranks, where the host cannot read windows."""
+        """Of all ranks, where the host cannot read all windows."""
         if self._windows is None:
             return b""
-        first = self._windows.address + self._offsets["slots"] + bank * self._offsets["stride"]
-        places = (first + 2 * r * self._offsets["stride"] for r in range(self.num_ranks))
-        return b"".join(self._windows.read(place, HEADER_BYTES) for place in places)
+        return b"".join(self._header_at(address) for address in self._read[bank])
+
+    def _header_at(self, address: int) -> bytes:
+        first, size = self._windows.spans[0]
+        if first <= address < first + size:
+            found: bytes = self._windows.read(address, HEADER_BYTES)
+            return found
+        return ctypes.string_at(address, HEADER_BYTES) if address else bytes(HEADER_BYTES)
 
     def leave(self, report: Report) -> None:
         """To be looked at now if it is there, else by a later call (`raise_errors` before it keeps them few)."""

@@ -1,10 +1,12 @@
 """WindowLayout and RowFormat: the only list of regions, offsets and bytes. Both sides of every copy compute from here.
 
-One shared segment per rank and Buffer, or one of control words and memory of their own for the windows, of a device
-(window_memory.py). All offsets and strides are multiples of 64:
+One shared segment per rank and Buffer; windows may lie in memory of their own instead, of a device (window_memory.py):
+all of them, or those that the network does not touch. All offsets and strides are multiples of 64:
 
     doorbell · own heartbeat · heartbeats[R] · commits[2][R + N] · releases[2][R] · sents[2][R]      control words
-    slots[R][2]      receive windows, one for each rank of the group, in two banks
+    slots[…][2]      receive windows, in two banks, that ranks of the node write: one for each rank of the group
+                     (hops="node"), or of the node (hops="rank")
+    far_slots[R - G][2]  hops="rank": receive windows that the other ranks write by the network
     links[N - 1][2]  hops="node": windows that the rail peers write by the network
     sends[…][2]      where rows for the network are packed: N - 1 (hops="node") or R - G (hops="rank")
 
@@ -178,27 +180,30 @@ class WindowLayout:
             )
         return capacity
 
-    def offsets(self, *, apart: bool = False) -> dict[str, int]:
-        """What csrc/exchange.hpp calls WindowOffsets; `total`: where the last window ends. `apart`: windows are in
-        memory of their own, at 0."""
-        R, N = self.num_ranks, self.num_nodes
+    def offsets(self, apart: str = "") -> dict[str, int]:
+        """What csrc/exchange.hpp calls WindowOffsets; `segment` and `apart`: bytes of the two memories.
+
+        apart: which windows are in memory of their own, there from 0 on: "", "near" (those of the node), or "all".
+        """
+        R, N, G = self.num_ranks, self.num_nodes, self.node_ranks
+        by_node = self.hops == "node"
         beats = 128
         commits = _up(beats + 16 * R, _ALIGN)
         releases = _up(commits + 8 * 2 * (R + N), _ALIGN)
         sents = _up(releases + 8 * 2 * R, _ALIGN)
         control = _up(sents + 8 * 2 * R, 4096)
         slots = 0 if apart else control
-        links = slots + 2 * R * self.stride
-        num_links = N - 1 if self.hops == "node" else 0
-        sends = links + 2 * num_links * self.stride
-        num_sends = N - 1 if self.hops == "node" else R - self.node_ranks
-        total = sends + 2 * num_sends * self.stride
+        near_end = slots + 2 * (R if by_node else G) * self.stride
+        far_slots = control if apart == "near" else near_end
+        links = far_slots + 2 * (0 if by_node else R - G) * self.stride
+        sends = links + 2 * (N - 1 if by_node else 0) * self.stride
+        end = sends + 2 * (N - 1 if by_node else R - G) * self.stride
         return {
             "beats": beats, "commits": commits, "releases": releases, "sents": sents,
-            "slots": slots, "links": links, "sends": sends, "stride": self.stride,
-            "total": total, "segment": control if apart else total,
+            "slots": slots, "far_slots": far_slots, "links": links, "sends": sends, "stride": self.stride,
+            "segment": control if apart == "all" else end, "apart": {"": 0, "near": near_end, "all": end}[apart],
         }  # fmt: skip
 
     @property
     def total_bytes(self) -> int:
-        return self.offsets()["total"]
+        return self.offsets()["segment"]

@@ -5,11 +5,11 @@
                ─dmabuf─→ its own NIC ←───────────────── writes
 
 Device memory is where rows are read fastest; host memory ("host-staged", pinned and mapped) is what every GPU and every
-transport reach. Control words, counters and headers' digests are the same in both: what a host must write and a GPU
-must see stays in the segment, in host memory.
+transport reach. Control words stay in the segment, in host memory: what a host must write and a GPU must see.
 
-MOE_COMM_WINDOWS=auto takes device memory where every rank of the Buffer can, and else says in the log who cannot, and
-why; "device" raises instead, "host" does not try.
+MOE_COMM_WINDOWS=auto takes device memory where every rank of the Buffer can: for all windows; else for those that ranks
+of a node write, and host memory for those of the network; else for none. The log says who cannot, and why. "device":
+all, or an error; "host": none.
 
 NOTE [H5] The proxy sees a completion and sets the word that a stream waits for; the rows it tells of were written to
 device memory by a NIC, another way through the machine. Nothing orders the two but what the device promises:
@@ -39,6 +39,7 @@ from . import _engine
 from .arguments import wrong
 from .errors import MoeCommError, TransportError
 from .group import EPGroup
+from .layout import WindowLayout
 from .memory import dmabuf_of, in_context
 
 _log = logging.getLogger(__name__)
@@ -175,26 +176,49 @@ def open_window_memory(
     group: EPGroup,
     asked: str,
     device: torch.device,
-    num_bytes: int,
+    layout: WindowLayout,
     engine: _engine.Engine,
-    linked: Iterable[int],
     near: Iterable[int],
-) -> tuple[Any, dict[int, int]]:
-    """(memory, where each rank of `near` has its own), or (None, {}) for windows in host memory. Collective.
+) -> tuple[Any, dict[int, int], str]:
+    """(memory, where each rank of `near` has its own, which windows lie there), or (None, {}, ""). Collective.
 
-    `near`: other ranks of this node; `linked`: ranks that the network reaches. Raises: TransportError if "device" was
-    asked for and a rank cannot; ArgumentError for what is no place.
+    `near`: other ranks of this node; the windows are "all", or "near" (WindowLayout.offsets). Raises: TransportError
+    if "device" was asked for and a rank cannot; ArgumentError for what is no place.
     """
     if asked not in PLACES:
         raise wrong("windows", f"one of {PLACES}", asked)
     if asked == HOST or (asked == AUTO and device.type not in KINDS):
-        return None, {}
+        return None, {}, ""
     drop_unused()
+    linked = layout.num_nodes > 1
+    for apart in ("all", "near") if linked and asked == AUTO else ("all",):
+        num_bytes = layout.offsets(apart)["apart"]
+        made, places, why = _attempt(
+            group, device, num_bytes, engine, linked and apart == "all", near
+        )
+        if made is not None:
+            return made, places, apart
+        if asked == DEVICE:
+            raise TransportError(f"windows: expected device memory on every rank: {why}")
+        whose = "windows of the network" if linked and apart == "all" else "windows"
+        _log.info("%s lie in host memory: %s", whose, why)
+    return None, {}, ""
+
+
+def _attempt(
+    group: EPGroup,
+    device: torch.device,
+    num_bytes: int,
+    engine: _engine.Engine,
+    linked: bool,
+    near: Iterable[int],
+) -> tuple[Any, dict[int, int], str]:
+    """(memory, where each rank of `near` has its own, ""), or (None, {}, who cannot, and why). Collective."""
     made: Any = None
     places: dict[int, int] = {}
     why = ""
     try:
-        made = _try(device, num_bytes, engine, bool(list(linked)))
+        made = _make(device, num_bytes, engine, linked)
     except (ImportError, RuntimeError, MoeCommError) as error:
         why = str(error)
     answers = group.gather((why, None if made is None else made.name))
@@ -205,27 +229,27 @@ def open_window_memory(
         except (RuntimeError, OSError) as error:
             why = str(error)
         why = _who_cannot(group.gather((why, None)))
-        if why:
-            made.unmap_peers()
-            group.gather(None)  # NOTE [last user]
-    if not why:
-        return made, places
+        if not why:
+            return made, places, ""
+        made.unmap_peers()
+        group.gather(None)  # NOTE [last user]
     if made is not None:
         made.free()
-    if asked == DEVICE:
-        raise TransportError(f"windows: expected device memory on every rank: {why}")
-    _log.info("windows lie in host memory: %s", why)
-    return None, {}
+    return None, {}, why
 
 
-def _try(device: torch.device, num_bytes: int, engine: _engine.Engine, linked: bool) -> Any:
+def _make(device: torch.device, num_bytes: int, engine: _engine.Engine, linked: bool) -> Any:
     kind = KINDS.get(device.type)
     if kind is None:
         raise RuntimeError(f"{device} has no memory for windows")
     made = kind(device, num_bytes, linked)
     if linked:  # whether the NIC takes it is known once it took it
-        with made.exported() as dmabuf:
-            engine.forget(engine.register(made.address, made.num_bytes, *dmabuf))
+        try:
+            with made.exported() as dmabuf:
+                engine.forget(engine.register(made.address, made.num_bytes, *dmabuf))
+        except (RuntimeError, MoeCommError):
+            made.free()
+            raise
     return made
 
 

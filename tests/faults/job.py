@@ -123,8 +123,14 @@ class Job:
         """Where the message of `writer` begins in the windows of `reader`."""
         at = self.buffer.layout.offsets()
         by_link = self.buffer.hops == "node" and NODES[reader] != NODES[writer]
-        first = at["links"] if by_link else at["slots"] + 2 * writer * at["stride"]
-        return first + epoch % 2 * at["stride"]
+        first, index = at["slots"], writer
+        if by_link:
+            first, index = at["links"], 0
+        elif self.buffer.hops == "rank":  # as Exchange::slot
+            far = NODES[reader] != NODES[writer]
+            first = at["far_slots"] if far else first
+            index = sum((NODES[r] != NODES[reader]) == far for r in range(writer))
+        return first + (2 * index + epoch % 2) * at["stride"]
 
     def segment_of(self, rank):
         """(pid, descriptor, inode, bytes) of a rank's windows in this generation. Collective."""

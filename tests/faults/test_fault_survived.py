@@ -281,9 +281,10 @@ def stale_key(rank, group, *shape):
 
     def offer_another_key(value):
         if isinstance(value, tuple) and isinstance(value[1], dict) and not broken:
-            region = bytearray(value[1]["region"])
-            region[16] ^= 0x5A
-            broken.append(value[1].update(region=bytes(region)))
+            regions = [bytearray(region) for region in value[1]["regions"]]
+            for region in regions:
+                region[16] ^= 0x5A
+            broken.append(value[1].update(regions=tuple(map(bytes, regions))))
         return gather(value)
 
     if rank == VICTIM:

@@ -48,10 +48,16 @@ def transport(request):
     return request.param
 
 
-@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, library):
-    """What ranks take: a GPU, which they share; or the host, and the kernels as its code."""
-    return ("cuda", None) if request.param == "cuda" else ("cpu", library._name)
+ON_GPU = [pytest.param(kind, marks=pytest.mark.gpu) for kind in ("cuda", "cuda, host-staged")]
+
+
+@pytest.fixture(params=["host", *ON_GPU])
+def device(request, library, monkeypatch):
+    """What ranks take: a GPU, which they share, windows in its memory or staged; or the host, and kernels as its code."""
+    if request.param == "host":
+        return "cpu", library._name
+    monkeypatch.setenv("MOE_COMM_WINDOWS", "host" if "staged" in request.param else "auto")
+    return "cuda", None
 
 
 def moved(case, device):

@@ -12,9 +12,18 @@ import apart
 import pytest
 import torch
 from host_device import run_on_host
+from test_kernel_buffer import at_home, moved
 
 import moe_comm
-from moe_comm import ArgumentError, PeerError, TransportError, memory, window_memory
+from moe_comm import (
+    ArgumentError,
+    PeerError,
+    TransportError,
+    memory,
+    window_memory,
+)
+from moe_comm.deep_ep.refuse import take_part
+from moe_comm.dispatch import DISPATCH
 from moe_comm.kernels import fused
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ep"))
@@ -34,10 +43,10 @@ def libraries(library, driver_path):
     return library._name, driver_path
 
 
-def start(libraries):
+def start(libraries, kind=apart.OnHost):
     kernels, driver = libraries
     run_on_host(kernels)
-    window_memory.KINDS["cpu"] = apart.OnHost
+    window_memory.KINDS["cpu"] = kind
     return apart.use_driver(driver)
 
 
@@ -52,21 +61,25 @@ def two_calls(buffer, rank, num_ranks):
 # --- exchanges -----------------------------------------------------------------------------------
 
 
-def _apart(rank, group, libraries, options):
-    driver = start(libraries)
-    buffer = moe_comm.Buffer(group, device="cpu", windows="device", **options, **SIZES)
-    assert buffer.window_memory is not None
-    at = buffer.layout.offsets(apart=True)
-    assert buffer.native.segment[3] == at["segment"], "the segment holds control words only"
+def _apart(rank, group, libraries, options, by_network):
+    """`by_network`: the network reaches the device's memory."""
+    driver = start(libraries, apart.OnHost if by_network else window_memory.CudaMemory)
+    asked = "device" if by_network else "auto"
+    buffer = moe_comm.Buffer(group, device="cpu", windows=asked, **options, **SIZES)
+    assert buffer.windows == ("device" if by_network else "device in a node")
+    at = buffer.layout.offsets("all" if by_network else "near")
+    segment = -(-at["segment"] // 4096) * 4096
+    assert buffer.native.segment[3] == segment, "in the segment lies only what must"
+    assert at["apart"] <= buffer.window_memory.num_bytes
     near = [r for r in range(group.num_ranks) if r != rank and buffer.topology.is_local(r)]
     assert (driver.pretend_allocated(), driver.pretend_opened()) == (1, len(near))
     two_calls(buffer, rank, group.num_ranks)
+    x, idx = torch.zeros(4, 64, dtype=torch.bfloat16), torch.full((4, 3), -1)
     with pytest.raises(ArgumentError if rank == 0 else PeerError, match="topk_idx"):
-        x, idx = (
-            torch.zeros(4, 64, dtype=torch.bfloat16),
-            torch.full((4, 3), 99 if rank == 0 else -1),
-        )
-        buffer.dispatch(x, idx, num_experts=8)
+        buffer.dispatch(x, idx + 100 * (rank == 0), num_experts=8)
+    # All refuse: each learns from headers in windows that it was not alone.
+    another = str(take_part(buffer, DISPATCH, f"rank {rank} will not"))
+    assert group.num_ranks == 1 or " will not" in another
     two_calls(buffer, rank, group.num_ranks)
     buffer.close()
     assert driver.pretend_opened() == 0, "unmapped before the others may free it"
@@ -76,17 +89,21 @@ def _apart(rank, group, libraries, options):
     del buffer
     gc.collect()
     assert driver.pretend_allocated() == 0
-    return at["total"]
+    return at["apart"]
 
 
-@pytest.mark.parametrize("num_ranks, nodes, hops", [
-    (1, 0, "rank"), (3, 0, "node"), (2, 1, "rank"), (4, 2, "node"), (4, 2, "rank")
+@pytest.mark.parametrize("num_ranks, nodes, hops, by_network", [
+    (1, 0, "rank", True), (3, 0, "node", True), *(
+        (num_ranks, nodes, hops, by_network) for by_network in (True, False)
+        for num_ranks, nodes, hops in ((2, 1, "rank"), (4, 2, "node"), (4, 2, "rank"))
+    )
 ])  # fmt: skip
 def test_windows_lie_in_a_devices_memory_and_nothing_of_it_is_left(
-    run_ranks, libraries, num_ranks, nodes, hops
+    run_ranks, libraries, num_ranks, nodes, hops, by_network
 ):
+    """Of all windows; or, as the transport takes no dmabuf, of those of a node."""
     options = {"hops": hops, "ranks_per_node": nodes, "transport": "shm"}
-    assert len(set(run_ranks(_apart, num_ranks, libraries, options))) == 1
+    assert len(set(run_ranks(_apart, num_ranks, libraries, options, by_network))) == 1
 
 
 def _peers_close_first(rank, group, libraries):
@@ -116,27 +133,45 @@ def test_memory_is_kept_while_a_peer_maps_it(run_ranks, libraries):
     run_ranks(_peers_close_first, 2, libraries)
 
 
+def _on_gpu(rank, group):
+    with moe_comm.Buffer(group, device="cuda", windows="device", **SIZES) as buffer:
+        case = make_case(2, layout="expert", seed=3, tokens=9)
+        for _ in range(3):
+            check_dispatched(
+                at_home(dispatch(buffer, moved(case, "cuda"), rank)), expected(case), rank
+            )
+        return buffer.windows
+
+
+@pytest.mark.gpu
+def test_windows_in_the_memory_of_this_gpu(run_ranks):
+    """Ranks that share it, by CUDA IPC."""
+    assert run_ranks(_on_gpu, 2) == ["device"] * 2
+
+
 # --- who cannot ----------------------------------------------------------------------------------
 
 
-def _refused(rank, group, libraries, broken, options):
-    """Rank 1's device refuses one thing; how the Buffer was made, and the error of asking for it all the same."""
+def _refused(rank, group, libraries, broken, options, left):
+    """Rank 1's device refuses one thing, `left` is what the Buffer has. Returns the error of asking for all the same."""
     driver = start(libraries)
     if rank == 1:
         call, ordering = broken
         driver.pretend_refuse(call.encode())
         driver.pretend_attribute(ORDERING, ordering)
     with moe_comm.Buffer(group, device="cpu", **options, **SIZES) as buffer:
-        assert buffer.window_memory is None and buffer.windows_on == torch.device("cpu")
-        assert (driver.pretend_allocated(), driver.pretend_opened()) == (0, 0)
+        assert buffer.windows == left
+        assert (driver.pretend_allocated(), driver.pretend_opened()) == (left != "host", 0)
         two_calls(buffer, rank, group.num_ranks)
+    del buffer
+    gc.collect()
     with pytest.raises(TransportError) as error:
         moe_comm.Buffer(group, device="cpu", windows="device", **options, **SIZES)
     assert (driver.pretend_allocated(), driver.pretend_opened()) == (0, 0)
     driver.pretend_refuse(b"")
     driver.pretend_attribute(ORDERING, 100)
     with moe_comm.Buffer(group, device="cpu", **options, **SIZES) as buffer:
-        assert buffer.window_memory is not None
+        assert buffer.windows == "device"
         two_calls(buffer, rank, group.num_ranks)
     return str(error.value)
 
@@ -159,37 +194,25 @@ CANNOT = {
 @pytest.mark.parametrize("what", CANNOT)
 def test_a_rank_that_cannot(run_ranks, libraries, what):
     *broken, options, text = CANNOT[what]
-    for error in run_ranks(_refused, 2, libraries, broken, options):
+    left = "device in a node" if what in ("export", "order") else "host"
+    for error in run_ranks(_refused, 2, libraries, broken, options, left):
         assert "rank 1: " in error and text in error, error
-
-
-def _no_network(rank, group, libraries):
-    """The transport takes no dmabuf."""
-    start(libraries)
-    window_memory.KINDS["cpu"] = window_memory.CudaMemory
-    with moe_comm.Buffer(group, device="cpu", ranks_per_node=1, transport="shm", **SIZES) as buffer:
-        assert buffer.window_memory is None
-        two_calls(buffer, rank, 2)
-
-
-def test_a_transport_that_takes_host_memory_only(run_ranks, libraries):
-    run_ranks(_no_network, 2, libraries)
 
 
 def _host_asked_for(rank, group, libraries):
     driver = start(libraries)
     with moe_comm.Buffer(group, device="cpu", windows="host", **SIZES) as buffer:
-        assert buffer.window_memory is None and driver.pretend_allocated() == 0
+        assert buffer.windows == "host" and driver.pretend_allocated() == 0
     with pytest.raises(ArgumentError, match="windows: expected one of"):
         moe_comm.Buffer(group, device="cpu", windows="gpu", **SIZES)
     with pytest.raises(ArgumentError, match="windows: expected None without a device"):
         moe_comm.Buffer(group, windows="device", **SIZES)
     os.environ["MOE_COMM_WINDOWS"] = "host"
     with moe_comm.Buffer(group, device="cpu", **SIZES) as buffer:
-        assert buffer.window_memory is None
+        assert buffer.windows == "host"
     os.environ["MOE_COMM_WINDOWS"] = "device"
     with moe_comm.Buffer(group, **SIZES) as buffer:  # said for those that have kernels
-        assert buffer.window_memory is None
+        assert buffer.windows == "host"
     with pytest.raises(moe_comm.MismatchError, match="windows"):
         moe_comm.Buffer(group, device="cpu", windows=("auto", "host")[rank], **SIZES)
 

@@ -167,24 +167,31 @@ def num_links_and_sends(layout):
 @QUICK
 @given(layouts())
 def test_regions_never_overlap(layout):
-    at, R, N = layout.offsets(), layout.num_ranks, layout.num_nodes
+    R, N = layout.num_ranks, layout.num_nodes
     links, sends = num_links_and_sends(layout)
-    regions = [
-        (0, 128),  # doorbell, own heartbeat
-        (at["beats"], 16 * R),
-        (at["commits"], 8 * 2 * (R + N)),
-        (at["releases"], 8 * 2 * R),
-        (at["sents"], 8 * 2 * R),
-        (at["slots"], 2 * R * layout.stride),
-        (at["links"], 2 * links * layout.stride),
-        (at["sends"], 2 * sends * layout.stride),
-    ]
-    end = 0
-    for offset, num_bytes in regions:
-        assert end <= offset and offset % 64 == 0
-        end = offset + num_bytes
-    assert end == at["total"] == layout.total_bytes
-    assert at["stride"] == layout.stride and layout.stride % 64 == 0 and at["slots"] % 4096 == 0
+    far = 0 if layout.hops == "node" else R - layout.node_ranks
+    control = [
+        ("beats", 16 * R), ("commits", 8 * 2 * (R + N)), ("releases", 8 * 2 * R), ("sents", 8 * 2 * R),
+    ]  # fmt: skip
+    near = [("slots", 2 * (R - far) * layout.stride)]
+    by_network = [
+        ("far_slots", 2 * far * layout.stride), ("links", 2 * links * layout.stride),
+        ("sends", 2 * sends * layout.stride),
+    ]  # fmt: skip
+    for apart, segment, own in (
+        ("", control + near + by_network, []), ("near", control + by_network, near), ("all", control, near + by_network)
+    ):  # fmt: skip
+        at = layout.offsets(apart)
+        for regions, end, total in ((segment, 128, at["segment"]), (own, 0, at["apart"])):
+            for (
+                name,
+                num_bytes,
+            ) in regions:  # the doorbell and the own heartbeat lie before the first
+                assert end <= at[name] and at[name] % 64 == 0
+                end = at[name] + num_bytes
+            assert end == total or (total == at["segment"] and 0 <= total - end < 4096)
+        assert at["stride"] == layout.stride and layout.stride % 64 == 0 and at["slots"] % 4096 == 0
+    assert layout.offsets()["segment"] == layout.total_bytes
 
 
 @QUICK
@@ -270,6 +277,11 @@ def link_index(node, mine):
     return node if node < mine else node - 1
 
 
+def far_index(layout, me, reader, rank):
+    """Exchange::far_index."""
+    return sum(me.node_of[r] != me.node_of[reader] for r in range(rank))
+
+
 def writer_side(layout, me, peer, bank):
     """(window in the peer's segment, own send region) as Exchange::link_peer computes them."""
     at = layout.offsets()
@@ -278,7 +290,7 @@ def writer_side(layout, me, peer, bank):
         window = at["links"] + 2 * layout.stride * link_index(mine, theirs)
         send = at["sends"] + 2 * layout.stride * link_index(theirs, mine)
     else:
-        window = at["slots"] + 2 * layout.stride * me.rank
+        window = at["far_slots"] + 2 * layout.stride * far_index(layout, me, peer, me.rank)
         send = at["sends"] + 2 * layout.stride * sum(not me.is_local(r) for r in range(peer))
     return window + layout.stride * bank, send + layout.stride * bank
 
@@ -288,7 +300,7 @@ def reader_side(layout, me, peer, bank):
     at = layout.offsets()
     if layout.hops == "node":
         return at["links"] + layout.stride * (2 * link_index(me.node_of[peer], me.node) + bank)
-    return at["slots"] + layout.stride * (2 * peer + bank)
+    return at["far_slots"] + layout.stride * (2 * far_index(layout, me, me.rank, peer) + bank)
 
 
 @QUICK
@@ -310,10 +322,10 @@ def test_both_sides_of_a_link_agree(group):
             windows.append(window)
             regions.append(send)
         assert len(set(windows)) == len(windows) == 2 * (links if layout.hops == "node" else sends)
-        region = ("links", "sends") if links else ("slots", "links")
+        region = ("links", "sends") if links else ("far_slots", "links")
         first, last = (places[name] for name in region)
         assert all(first <= w and w + layout.stride <= last for w in windows)
-        all_regions = range(places["sends"], places["total"], layout.stride)
+        all_regions = range(places["sends"], places["segment"], layout.stride)
         assert sorted(regions) == list(all_regions) and len(all_regions) == 2 * sends
 
 

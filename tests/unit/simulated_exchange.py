@@ -73,7 +73,7 @@ class Ranks:
             num_ranks, t.num_nodes, hops, capacity=capacity, row_bytes=row_bytes, num_experts=num_experts
         )  # fmt: skip
         self.offsets = self.layout.offsets()
-        garbage = torch.full((self.offsets["total"],), 0xA5, dtype=torch.uint8)
+        garbage = torch.full((self.offsets["segment"],), 0xA5, dtype=torch.uint8)
         self.segments = [garbage.clone() for _ in self.all]
         self.num_experts, self.experts_per_rank = num_experts, -(-num_experts // num_ranks)
         self.counts = counts_bytes(num_experts, num_ranks, t.node_ranks, by_node=hops == "node")
