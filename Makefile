@@ -37,8 +37,9 @@ FAULTS := tests/faults tests/ep/test_faults.py tests/ep/test_generations.py test
     tests/cpp/test_sanitized.py
 THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes hooks handles wrong_input autograd generations \
     faults))
-# With windows in a (pretended) device's memory.
+# With windows in a (pretended) device's memory; and with a round for every few tokens.
 THROUGH_APART := $(addprefix tests/ep/test_,$(addsuffix .py,exchange hooks handles wrong_input generations faults))
+THROUGH_ROUNDS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes handles wrong_input generations))
 # deep_ep's low-latency calls by kernels, and what makes them.
 LOW_LATENCY := tests/clients/test_deep_ep_legacy_low_latency.py tests/clients/test_deep_ep_legacy_limits.py
 LOW_LATENCY_CLIENTS := tests/clients/test_integration_sglang.py tests/clients/test_integration_vllm.py \
@@ -85,11 +86,12 @@ test-kernels: ## device code, without a device: Triton interpreted, CUDA as host
 	    LD_LIBRARY_PATH=$(CURDIR)/build/kernels-site/nvidia/cu13/lib$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH} \
 	    $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/kernels $(ARGS)
 
-test-device: ## the exchange's own tests, its calls made by kernels as host code (at most 5 minutes)
+test-device: ## the exchange's own tests, its calls made by kernels as host code (at most 8 minutes)
 	@.dev/setup.sh test
 	@$(PYTEST) -q -ra --maxfail=5 --durations=5 --through kernels $(THROUGH_KERNELS) $(ARGS)
 	@$(BY_KERNELS) $(LOW_LATENCY) $(ARGS) || [ $$? = 5 ]
 	@PYTEST_ADDOPTS= $(PYTEST) -q -ra --maxfail=5 --through apart $(THROUGH_APART) $(ARGS) || [ $$? = 5 ]
+	@PYTEST_ADDOPTS= $(PYTEST) -q -ra --maxfail=5 --through rounds $(THROUGH_ROUNDS) $(ARGS) || [ $$? = 5 ]
 
 test-rdma: ## what needs an RDMA NIC, with one made of software in an emulated machine (at most 12 minutes)
 	@rm -f build/test-rdma.skipped

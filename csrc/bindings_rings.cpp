@@ -89,8 +89,11 @@ void bind_kernel_view(py::class_<Exchange>& exchange) {
              return d;
            })
       .def("header_like",
-           [](const Exchange& self, const CallFormat& format, const std::string& text) {
-             return bytes_of(self.header_like(call_of(format, text)));
+           [](const Exchange& self, const CallFormat& format, const std::string& text,
+              uint32_t rounds) {
+             Call call = call_of(format, text);
+             call.own_rounds = rounds;
+             return bytes_of(self.header_like(call));
            })
       .def("damaged_like",
            [](const Exchange& self, const CallFormat& format, uint32_t writer) {

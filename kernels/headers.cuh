@@ -64,7 +64,8 @@ struct Told {
   uint64_t error[3];  // of the route here: ERROR_…, token, entry
   // Of a fresh dispatch: the most tokens of a rank, and the fewest that a rank allows; and who.
   uint64_t most, most_rank, allowed, allowed_rank;
-  Header header;  // of that source
+  uint64_t rounds;  // the most that a source takes for the call, whatever is wrong with it
+  Header header;    // of that source
 };
 
 // What a header is: this call's; this call's, but its forwarder could not read the rows; another
@@ -233,7 +234,7 @@ MOE_COMM_DEVICE inline Verdict verdict(const Block&, const Check& a, uint64_t so
   if (theirs.check != header_digest(reinterpret_cast<const uint64_t*>(window))) return kDamaged;
   if (theirs.epoch != *a.epoch || theirs.version != kAbiVersion || theirs.kind != mine.kind)
     return kBad;
-  if (theirs.status != kHeaderOk || theirs.rounds != 1 || theirs.rows > a.capacity) return kBad;
+  if (theirs.status != kHeaderOk || theirs.rounds == 0 || theirs.rows > a.capacity) return kBad;
   const Agreed &t = theirs.agreed, &m = mine.agreed;
   if (t.num_experts != m.num_experts || t.payload_bytes != m.payload_bytes || t.topk != m.topk ||
       t.scale_bytes != m.scale_bytes || t.dtype != m.dtype || t.row_bytes != m.row_bytes ||
@@ -278,8 +279,13 @@ MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
   told.bad = 0;
   told.most = told.most_rank = told.allowed_rank = 0;
   told.allowed = ~0ull;
+  told.rounds = 1;
   uint64_t identity = 0, total = 0;
   for (uint64_t s = 0; s < a.num_sources; ++s) {
+    if (status == kWaitOk && a.windows[s] != nullptr && a.verdicts[s] != kDamaged) {
+      const Header& header = *reinterpret_cast<const Header*>(a.windows[s]);
+      if (header.epoch == *a.epoch && header.rounds > told.rounds) told.rounds = header.rounds;
+    }
     if (a.verdicts[s] != kGood) {  // one that is only empty is so because of another
       if (told.bad == 0 || (a.verdicts[told.bad - 1] == kEmpty && a.verdicts[s] != kEmpty))
         told.bad = s + 1;
@@ -328,7 +334,7 @@ MOE_COMM_DEVICE inline void collect(Block& block, const Collect& a) {
 
 #ifndef __CUDACC_RTC__
 static_assert(sizeof(Begin) == 8 * 8 + sizeof(DeviceRing) && sizeof(Write) == 20 * 8);
-static_assert(sizeof(Told) == 11 * 8 + kHeaderBytes && sizeof(Check) == 21 * 8 &&
+static_assert(sizeof(Told) == 12 * 8 + kHeaderBytes && sizeof(Check) == 21 * 8 &&
               sizeof(Collect) == 10 * 8);
 #endif
 

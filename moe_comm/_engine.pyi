@@ -398,8 +398,9 @@ class Exchange:
     def open_view(self) -> dict[str, Any]:
         """What kernels need to be this rank, addresses as numbers: csrc/exchange.hpp: KernelView."""
 
-    def header_like(self, format: CallFormat, text: str) -> bytes:
-        """A header of this format, but for what each call says; of an error with this text, unless empty."""
+    def header_like(self, format: CallFormat, text: str, rounds: int) -> bytes:
+        """A header of a call of this format, in so many rounds, but for what each says; of an error with this text,
+        unless empty."""
 
     def damaged_like(self, format: CallFormat, writer: int) -> bytes:
         """What a forwarder says where the header of `writer` is not what anybody wrote, but for the epoch."""

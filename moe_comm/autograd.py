@@ -123,7 +123,10 @@ def _(
     owned = max(0, min(slots, num_experts - made.rank * slots))
     rows = context.new_dynamic_size()
     int32, nodes = torch.int32, made.topology.num_nodes
-    told = 0 if made.kernels is None else made.kernels.handle_words(slots)
+    in_rounds = made.kernels is not None and made.kernels.in_rounds
+    told: Any = 0 if made.kernels is None else made.kernels.handle_words(slots)
+    if in_rounds:
+        told = context.new_dynamic_size()
     shape: tuple[Any, ...]
     idx_shape: tuple[Any, ...]
     if layout == "rank":
@@ -139,8 +142,10 @@ def _(
         weights_shape = (rows, topk) if layout == "rank" else shape
     by_node = nodes > 1 and made.hops == "node"
     passed = passed_on = context.new_dynamic_size() if by_node and made.kernels is None else 0
-    if by_node and made.kernels is not None:
-        passed_on = (nodes - 1) * (made.max_tokens or 0)
+    if in_rounds:
+        passed, passed_on = context.new_dynamic_size(), context.new_dynamic_size() if by_node else 0
+    elif by_node and made.kernels is not None:
+        passed = passed_on = (nodes - 1) * (made.max_tokens or 0)
     meta = Handle.num_numbers(len(shape), num_ranks, nodes)
 
     def table(*shape: Any, dtype: torch.dtype = int32) -> Tensor:

@@ -18,7 +18,7 @@ How an exchange works (the rest is in dispatch.py, combine.py, csrc/exchange.hpp
 import contextlib
 import threading
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,9 +69,9 @@ class Buffer:
             its experts are dropped, what it owed is left out of sums. Each rank masks for itself; a rank that others
             masked will not hear from them. Needs hops="rank" and max_tokens that fit one round.
         device: "cuda": calls take tensors of that GPU alone, and kernels read and write the windows
-            (kernel_exchange.py; needs max_tokens that fit one round, and no mask_lost); nothing waits for the host,
-            but where exact sizes are asked for. None (or MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by
-            copies (staging.py).
+            (kernel_exchange.py; not with mask_lost). With max_tokens that fit one round nothing waits for the host, but
+            where exact sizes are asked for; else calls take as many rounds as they need, and ask in each. None (or
+            MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by copies (staging.py).
         windows: with a device, where they lie: "device", "host", or "auto", which is "device" if every rank can
             (MOE_COMM_WINDOWS; window_memory.py).
         rejoin: this process takes a dead rank's place: waits until the others `recover(expect=[rank])`.
@@ -116,9 +116,7 @@ class Buffer:
         if mask_lost and (hops != "rank" or max_tokens is None):
             raise wrong("mask_lost", 'False without hops="rank" and max_tokens', mask_lost)
         self._hops, self.mask_lost = hops, mask_lost
-        self._rows_per_token = (
-            min(topk, -(-num_experts // self.group.num_ranks)) if each_copy else 1
-        )
+        self.rows_per_token = min(topk, -(-num_experts // self.group.num_ranks)) if each_copy else 1
         self._home: tuple[int, ...] | None = None  # node_of of the last generation
         self._sizes = (hidden, topk, num_experts, dtype)
         self._agreed = {
@@ -158,7 +156,7 @@ class Buffer:
             group.num_ranks, nodes, hops, window_bytes=self.config.window_bytes, row_bytes=row.row_bytes,
             num_experts=num_experts,
         )  # fmt: skip
-        rows = None if self.max_tokens is None else max(1, self.max_tokens * self._rows_per_token)
+        rows = None if self.max_tokens is None else max(1, self.max_tokens * self.rows_per_token)
         if rows is not None and rows < layout.capacity:
             layout = WindowLayout.for_rows(
                 group.num_ranks, nodes, hops, capacity=rows, row_bytes=row.row_bytes, num_experts=num_experts
@@ -320,14 +318,16 @@ class Buffer:
         )  # fmt: skip
         return self._run(self._calls()[1], request, "combines", async_op)
 
-    def _calls(self) -> tuple[type, type]:
+    def _calls(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if self.kernels is None:
             return PendingDispatch, PendingCombine
-        from . import kernel_calls
+        from . import kernel_rounds
 
-        return kernel_calls.KernelDispatch, kernel_calls.KernelCombine
+        return kernel_rounds.dispatch_call, kernel_rounds.combine_call
 
-    def _run(self, kind: type, request: Any, counter: str, async_op: str | None) -> Any:
+    def _run(
+        self, kind: Callable[..., Any], request: Any, counter: str, async_op: str | None
+    ) -> Any:
         if async_op not in (None, "event", "hook"):
             raise wrong("async_op", 'None, "event" or "hook"', async_op)
         with self._lock:

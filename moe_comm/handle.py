@@ -6,6 +6,7 @@ size (and so another C) finds its own rounds: those of the source tokens.
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class Handle:
     """
 
     group_key: int  # of the EPGroup: a handle of another group is refused
-    number: int  # names the dispatch: a digest of all ranks' routing, the same on all ranks
+    # Names the dispatch: a digest of all ranks' routing (kernels: of the first round's), the same on all ranks.
+    number: int
     rank: int
     hops: str
     layout: str
@@ -44,7 +46,11 @@ class Handle:
     tokens_per_expert: Tensor  # [L] int64
     told: Tensor  # int64: what kernels know of the sources (kernels/headers.cuh: Told and tables); else empty
     generation: int = 0  # of the Buffer: a recovery ends the handles before it
+    chunk: int = 0  # of kernels: no rank had more tokens in a round (kernel_rounds.py)
     complete: bool = True
+    parts: Any = dataclasses.field(
+        default=None, repr=False, compare=False
+    )  # likewise: once they were made
 
     @property
     def num_recv_rows(self) -> int:
@@ -56,7 +62,7 @@ class Handle:
         same, as an op may not return one tensor twice; empty tables are shared otherwise."""
         numbers = [
             self.group_key, self.number, self.rank, HOPS.index(self.hops), LAYOUTS.index(self.layout),
-            self.num_experts, self.topk, self.num_tokens, self.num_places, self.generation,
+            self.num_experts, self.topk, self.num_tokens, self.num_places, self.generation, self.chunk,
             len(self.place_shape), *self.place_shape,
             len(self.tokens_of), *self.tokens_of, len(self.totals), *self.totals,
             len(self.forward_counts), *self.forward_counts,
@@ -70,13 +76,13 @@ class Handle:
 
     @staticmethod
     def num_numbers(place_dims: int, num_ranks: int, num_nodes: int) -> int:
-        """The length of the first of `to_tensors`: ten numbers, then four lists, each with its length."""
-        return 10 + 1 + place_dims + 2 * (1 + num_ranks) + 1 + num_nodes
+        """The length of the first of `to_tensors`: eleven numbers, then four lists, each with its length."""
+        return 11 + 1 + place_dims + 2 * (1 + num_ranks) + 1 + num_nodes
 
     @classmethod
     def from_tensors(cls, tensors: list[Tensor]) -> "Handle":
         numbers = tensors[0].tolist()
-        fields, at = numbers[:10], 10
+        fields, at = numbers[:11], 11
         lists = []
         for _ in range(4):
             length = numbers[at]
@@ -93,11 +99,12 @@ class Handle:
             num_tokens,
             num_places,
             generation,
+            chunk,
         ) = fields
         place_shape, tokens_of, totals, forward_counts = lists
         lane_rows, recv_tokens, positions, forward_tokens, forward_rows, counts, told = tensors[1:8]
         return cls(
             group_key, number, rank, HOPS[hops], LAYOUTS[layout], num_experts, topk, num_tokens, num_places,
             place_shape, tokens_of, totals, forward_counts, lane_rows, recv_tokens, positions,
-            forward_tokens, forward_rows, counts, told, generation,
+            forward_tokens, forward_rows, counts, told, generation, chunk,
         )  # fmt: skip

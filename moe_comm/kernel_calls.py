@@ -7,6 +7,7 @@
 
 All is launched on the exchange's stream (kernel_exchange.py). Exact layouts ask for sizes, once, between two waits;
 layout "padded" does not, and nothing does while a graph is captured: then outputs are as large as they can become.
+Calls of several rounds are made of these (kernel_rounds.py).
 *Source*: ours.
 """
 
@@ -24,9 +25,9 @@ from .combine import COMBINE, CombineRequest, PendingCombine
 from .dispatch import DISPATCH, Dispatched, DispatchRequest, PendingDispatch, check_wait_ns, no_rows
 from .errors import ArgumentError
 from .handle import Handle
-from .kernel_exchange import KernelExchange
+from .kernel_exchange import KernelExchange, refused_format
 from .kernel_forward import Passed
-from .kernel_told import HEADER_BYTES, Report, Round, Told
+from .kernel_told import HEADER_BYTES, Report, Round, Told, Windows
 from .kernels import fused
 from .kernels.route import ERROR_RANGE
 from .layout import RowFormat, counts_bytes
@@ -46,6 +47,8 @@ def route_texts(num_experts: int) -> tuple[str, str]:
 class ByKernels:
     """What both kinds of calls have."""
 
+    in_rounds = False  # this is one of the rounds of a call
+    rounds, chunk = 1, 0  # of the call; the most tokens that a rank has in one
     exchange: KernelExchange
     error: ArgumentError | None
     request: Any
@@ -74,25 +77,19 @@ class KernelDispatch(ByKernels, PendingDispatch):
         super()._check()
         request = self.request
         check_wait_ns(request.wait_ns, self.buffer)
-        most = self.most = self.buffer.num_ranks * min(
-            self.buffer.max_tokens or 0, request.max_tokens or 2**32
-        )
+        if not self.in_rounds:
+            self.chunk = self.buffer.max_tokens or 0
+        most = self.most = self.buffer.num_ranks * min(self.chunk, request.max_tokens or 2**32)
         self.capacity = 0
         if request.layout == "padded" and request.handle is None:
             self.capacity = self.buffer.padded_capacity(request.capacity)
         # A padded output that holds whatever comes needs no sizes.
-        self.exact = not (self.capacity >= most or self.exchange.capturing())
+        self.exact = self.in_rounds or not (self.capacity >= most or self.exchange.capturing())
         if 0 < self.capacity < most and not self.exact:
             raise wrong("capacity", f"at least {most} while a graph is captured", self.capacity)
 
     def _begin(self, found: _engine.CallFormat) -> None:
         request = self.request
-        if len(self.x) > found.capacity:
-            raise wrong(
-                "x",
-                f"at most {found.capacity} tokens of such rows: more window_bytes hold more",
-                self.x,
-            )
         scale_bytes = (
             0 if self.scales is None else self.scales.shape[1] * self.scales.element_size()
         )
@@ -102,6 +99,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
         )  # fmt: skip
         self.format = found
         self.num_counts = self.counts_bytes = self.link_counts_bytes = 0
+        self.forward_tokens = no_rows(0, self.exchange.device)
         self.forward_rows = no_rows(self.buffer.topology.node_ranks, self.exchange.device)
         self.identity = 0
         if request.handle is not None:
@@ -120,7 +118,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
             )
         self.exchange.expect_room(self.num_counts)
         texts = () if request.handle is not None else route_texts(self.num_experts)
-        self.like = self.exchange.kept_like(found, texts)
+        self.like = self.exchange.kept_like(found, texts, self.rounds)
 
     # --- sending ---------------------------------------------------------------------------------
 
@@ -174,12 +172,16 @@ class KernelDispatch(ByKernels, PendingDispatch):
         if forwarder is not None:
             passed = Passed(
                 self.format, self.like, row, self.identity, handle, request.timeout_s, self.num_experts,
-                self.buffer.max_tokens or 0, request.wait_ns is not None,
+                self.chunk, request.wait_ns is not None,
             )  # fmt: skip
             forwarder.begin(
                 call, () if handle is None else (handle.told, handle.forward_rows),
-                lambda: setattr(self, "forward_rows", forwarder.pass_rows(call, passed)),
+                lambda: self._passed(*forwarder.pass_rows(call, passed)),
             )  # fmt: skip
+
+    def _passed(self, tokens: Tensor, rows: Tensor) -> None:
+        """For the handle: of the forwarder."""
+        self.forward_tokens, self.forward_rows = tokens, rows
 
     # --- receiving -------------------------------------------------------------------------------
 
@@ -205,10 +207,10 @@ class KernelDispatch(ByKernels, PendingDispatch):
                 judge_dispatch, exchange, self.format, self.num_experts, self.idx
             )
             self.report = exchange.report(f"dispatch epoch {self.call.epochs[0]}", self.told, judge)
-        if self.exact and request.handle is None:
-            self.known: Told | None = exchange.read(self.report, exchange.late_s(request.timeout_s))
-        else:
-            self.known = None
+        self.known: Told | None = None
+        if self.in_rounds or (self.exact and request.handle is None):
+            self.known = exchange.read(self.report, exchange.late_s(request.timeout_s))
+            self.call.num_rounds = self.known.rounds
 
     def receive(self, round_idx: int) -> None:
         exchange = self.exchange
@@ -220,19 +222,35 @@ class KernelDispatch(ByKernels, PendingDispatch):
             else:
                 self._place_again(self.request.handle)
 
+    def windows(self) -> Windows:
+        """What came, by source."""
+        heads = HEADER_BYTES + self.counts_bytes
+        address = self.exchange.at(self.call, "in")
+        return Windows(address, self.told.rows, self.told.starts, heads)
+
     def _place(self) -> None:
-        """Where each row goes; then it goes there."""
-        exchange, request, row, known = self.exchange, self.request, self.row, self.known
+        known, num_rows, counts = self.known, None, None
+        total = self.copies_of(self.told)
+        if known is not None:
+            num_rows, counts = int(known.num_rows), self.copies_of(known)
+        self.place(self.windows(), total, num_rows, counts)
+
+    def copies_of(self, told: Told) -> Tensor:
+        """int64 [L]"""
+        return told.copies(self.num_counts)[:, : self._owned()].sum(0, dtype=torch.int64)
+
+    def place(
+        self, windows: Windows, total: Tensor, num_rows: int | None, counts: Tensor | None
+    ) -> None:
+        """Where each row goes; then it goes there. `total`: copies for each expert; `counts`: the host's copy of it,
+        None if it knows no numbers."""
+        exchange, request, row = self.exchange, self.request, self.row
         first, owned = exchange.rank * self.num_counts, self._owned()
-        most = self.most
-        copies = self.told.copies(self.num_counts)[:, :owned]
-        total = copies.sum(0, dtype=torch.int64)
-        if known is None:
+        most, known = self.most, num_rows is not None
+        if num_rows is None or counts is None:
             num_rows, num_copies = most, most * min(self.topk, max(1, owned))
             num_places = num_copies + owned * (request.alignment - 1)
         else:
-            num_rows = int(known.num_rows)
-            counts = known.copies(self.num_counts)[:, :owned].sum(0, dtype=torch.int64)
             sizes = -(-counts // request.alignment) * request.alignment
             num_copies, num_places = int(counts.sum()), int(sizes.sum())
             fullest = int(counts.max()) if owned else 0
@@ -241,7 +259,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
                     f"capacity: expected at least {fullest} rows for the fullest expert of rank "
                     f"{exchange.rank}, got {self.capacity}"
                 )
-                return exchange.unpack(self.call, None)
+                return self._free(windows)
         shape: tuple[int, ...] = (num_places,)
         if not self.expand:
             shape = (num_rows,)
@@ -249,7 +267,7 @@ class KernelDispatch(ByKernels, PendingDispatch):
             shape = (owned, self.capacity)
         if not math.prod(shape) < 2**31:
             self.error = wrong("x", "fewer than 2^31 received rows", math.prod(shape))
-            return exchange.unpack(self.call, None)
+            return self._free(windows)
         if self.capacity:
             next_places = exchange.first_of_groups(owned, self.capacity)[None]
         else:
@@ -259,13 +277,12 @@ class KernelDispatch(ByKernels, PendingDispatch):
         part_bytes = 4 + 4 * self.topk * (1 + (self.weights is not None))
         meta = exchange.new_parts(num_rows, part_bytes)
         exchange.collect(
-            self.call, "in", self.told, meta, head_bytes=HEADER_BYTES + self.counts_bytes, row_bytes=row.row_bytes,
-            part_at=row.token_at, part_bytes=part_bytes,
-        )  # fmt: skip
+            windows, meta, row_bytes=row.row_bytes, part_at=row.token_at, part_bytes=part_bytes
+        )
         placed = exchange.kernels.places(
             meta, next_places[0], first_expert=first, topk=self.topk, token_at=0, ids_at=4,
             weights_at=4 + 4 * self.topk if self.weights is not None else 0,
-            num_rows=None if known is not None else self.told.num_rows,
+            num_rows=None if known else self.told.num_rows,
         )  # fmt: skip
         ids: Tensor | None = placed.ids
         weights: Tensor | None = placed.weights
@@ -273,11 +290,15 @@ class KernelDispatch(ByKernels, PendingDispatch):
             ids, weights = self._by_place(placed, math.prod(shape))
         self.tokens_per_expert, self.recv_tokens = total, placed.tokens
         self.positions = placed.positions if self.expand else no_rows(self.topk, exchange.device)
-        padded = known is None or (self.expand and math.prod(shape) != num_copies)
-        self._unpack(shape, padded)
+        padded = not known or (self.expand and math.prod(shape) != num_copies)
+        self.unpack(windows, shape, padded, self.positions if self.expand else None)
         if request.layout == "padded" and weights is not None:
             weights = weights.view(shape)
         self.out = (self.out_x, ids, weights)
+
+    def _free(self, windows: Windows) -> None:
+        if windows.free:
+            self.exchange.unpack(self.call, None)
 
     def _by_place(self, placed: Any, num_places: int) -> tuple[Tensor | None, Tensor | None]:
         exchange, ids, weights = self.exchange, None, None
@@ -292,26 +313,38 @@ class KernelDispatch(ByKernels, PendingDispatch):
     def _place_again(self, handle: Handle) -> None:
         self.tokens_per_expert, self.recv_tokens = handle.tokens_per_expert, handle.recv_tokens
         self.positions = handle.positions
-        self._unpack(handle.place_shape, self.expand or not handle.number)
+        places = (
+            self.positions if self.positions.shape[0] else None
+        )  # layout "rank" in rounds has some, too
+        self.unpack(self.windows(), handle.place_shape, self.expand or not handle.number, places)
         self.out = (self.out_x, None, None)
 
-    def _unpack(self, shape: tuple[int, ...], padded: bool) -> None:
-        exchange, row = self.exchange, self.row
-        scales = None
+    def outputs(self, shape: tuple[int, ...], padded: bool) -> tuple[Tensor, Tensor | None]:
+        """x and its scales, as given or new. `padded`: there are rows that nobody writes."""
+        exchange, scales = self.exchange, None
         if self.given is not None:
             x, scales = self.given
             exchange.used_by_stream(x, scales)
-        else:
-            x = exchange.new((*shape, self.hidden), self.dtype)
-            if self.scale_shape is not None:
-                scales = exchange.new((*shape, self.scale_shape[0]), self.scale_shape[1])
-            for tensor in (x, scales):
-                if padded and tensor is not None:
-                    tensor.view(torch.uint8).fill_(0)  # not every dtype can be filled
+            return x, scales
+        x = exchange.new((*shape, self.hidden), self.dtype)
+        if self.scale_shape is not None:
+            scales = exchange.new((*shape, self.scale_shape[0]), self.scale_shape[1])
+        for tensor in (x, scales):
+            if padded and tensor is not None:
+                tensor.view(torch.uint8).fill_(0)  # not every dtype can be filled
+        return x, scales
+
+    def unpack(
+        self, windows: Windows, shape: tuple[int, ...], padded: bool, places: Tensor | None
+    ) -> None:
+        """`places` int32 [rows, J]; None: the rows' order."""
+        exchange, row = self.exchange, self.row
+        x, scales = self.outputs(shape, padded)
         exchange.unpack(
-            self.call, self.told, head_bytes=HEADER_BYTES + self.counts_bytes, row_bytes=row.row_bytes,
-            payload_bytes=row.payload_bytes, positions=self.positions.data_ptr() if self.expand else 0,
-            num_positions=self.topk, out_x=x.data_ptr(), out_scales=0 if scales is None else scales.data_ptr(),
+            self.call, windows, row_bytes=row.row_bytes, payload_bytes=row.payload_bytes,
+            positions=0 if places is None else places.data_ptr(),
+            num_positions=0 if places is None else places.shape[1], out_x=x.data_ptr(),
+            out_scales=0 if scales is None else scales.data_ptr(),
             scales_at=row.scales_at, scale_bytes=row.scale_bytes,
         )  # fmt: skip
         self.out_x = x if scales is None else (x, scales)
@@ -325,8 +358,6 @@ class KernelDispatch(ByKernels, PendingDispatch):
             exchange.leave(self.report)
         if self.error is not None:
             raise self.error
-        x, ids, weights = self.out
-        payload, scales = x if isinstance(x, tuple) else (x, None)
         if handle is None:
             none, nodes = (0,) * exchange.num_ranks, self.buffer.topology.num_nodes
             handle = Handle(
@@ -336,20 +367,20 @@ class KernelDispatch(ByKernels, PendingDispatch):
                 tokens_of=none if known is None else tuple(known.tokens.tolist()),
                 totals=none if known is None else tuple(known.rows.tolist()), forward_counts=(0,) * nodes,
                 lane_rows=self.lane_rows, recv_tokens=self.recv_tokens, positions=self.positions,
-                forward_tokens=no_rows(0, exchange.device), forward_rows=self.forward_rows,
+                forward_tokens=self.forward_tokens, forward_rows=self.forward_rows,
                 tokens_per_expert=self.tokens_per_expert, told=self.told.words, generation=self.buffer.generation,
+                chunk=self.chunk,
             )  # fmt: skip
-        self.event = exchange.hand_out(
-            payload,
-            scales,
-            ids,
-            weights,
-            self.tokens_per_expert,
-            self.recv_tokens,
-            self.positions,
-            self.told.words,
-            ordered=self.ordered,
-        )
+        return self.hand_out(handle)
+
+    def hand_out(self, handle: Handle, *tables: Tensor) -> Dispatched:
+        """What was received; `tables`: more of the handle's, made on the exchange's stream."""
+        x, ids, weights = self.out
+        payload, scales = x if isinstance(x, tuple) else (x, None)
+        self.event = self.exchange.hand_out(
+            payload, scales, ids, weights, self.tokens_per_expert, self.recv_tokens, self.positions, self.told.words,
+            *tables, ordered=self.ordered,
+        )  # fmt: skip
         self.result = Dispatched(x, ids, weights, self.tokens_per_expert, handle)
         return self.result
 
@@ -362,11 +393,7 @@ class KernelCombine(ByKernels, PendingCombine):
         check_wait_ns(self.request.wait_ns, self.buffer)
 
     def _begin(self, found: _engine.CallFormat) -> None:
-        most = self.buffer.max_tokens or 0
-        if most > found.capacity:  # of any source, as no rank knows the others' T
-            raise wrong(
-                "y", f"rows of which windows hold {most} (max_tokens): more window_bytes", self.y
-            )
+        handle, each = self.request.handle, self.request.each_copy
         self.exchange.expect_room(0)
         self.format = found
         self.row = RowFormat.of_combine(
@@ -374,10 +401,9 @@ class KernelCombine(ByKernels, PendingCombine):
             self.request.handle.topk,
             columns=self.columns is not None,
         )
-        handle, each = self.request.handle, self.request.each_copy
         self.experts_per_rank = -(-handle.num_experts // self.exchange.num_ranks)
         self.rows_per_token = min(handle.topk, self.experts_per_rank) if each else 1
-        self.like = self.exchange.kept_like(found, (LANES_TEXT,))
+        self.like = self.exchange.kept_like(found, (LANES_TEXT,), self.rounds)
 
     def _send(self) -> None:
         exchange, request, handle = self.exchange, self.request, self.request.handle
@@ -396,6 +422,8 @@ class KernelCombine(ByKernels, PendingCombine):
                 handle.positions, rows, starts, row_bytes=stride
             )
             offsets = copies[:, None]
+        elif handle.layout == "rank" and len(handle.positions):  # one of several rounds
+            offsets = handle.positions.long() * stride
         elif handle.layout == "rank":
             offsets = (torch.arange(len(handle.recv_tokens), device=exchange.device) * stride)[
                 :, None
@@ -442,6 +470,10 @@ class KernelCombine(ByKernels, PendingCombine):
             )  # fmt: skip
             judge = functools.partial(judge_combine, exchange, self.format)
             self.report = exchange.report(f"combine epoch {self.call.epochs[0]}", self.told, judge)
+        if self.in_rounds:
+            self.call.num_rounds = exchange.read(
+                self.report, exchange.late_s(request.timeout_s)
+            ).rounds
 
     def receive(self, round_idx: int) -> None:
         exchange, handle = self.exchange, self.request.handle
@@ -519,7 +551,7 @@ def send_refusal(
     exchange: KernelExchange, call: Round, kind: int, text: str, timeout_s: float | None
 ) -> None:
     """Headers that say what is wrong here, and no rows."""
-    found = _engine.CallFormat(kind, (0,) * 8, 0, 0, 0, 1, False, False)
+    found = refused_format(kind)
     like = exchange.like(found, (text,))[HEADER_BYTES:]
     lanes = exchange.lanes if kind == DISPATCH else exchange.results
     zeros = exchange.zeros.data_ptr()
@@ -530,6 +562,17 @@ def send_refusal(
         exchange.forwarder.begin(
             call, (like,), functools.partial(exchange.forwarder.refuse, call, kind, passed)
         )
+
+
+def wrong_routing(error: list[int], num_experts: int, idx: Tensor) -> str:
+    """What route found wrong, in words; empty: nothing."""
+    found, token, entry = error
+    if not found:
+        return ""
+    text = route_texts(num_experts)[found - ERROR_RANGE]
+    for letter, number in (("e", int(idx[token, entry])), ("t", token), ("k", entry)):
+        text = text.replace(f"%{letter}", str(number))
+    return text
 
 
 def judge_combine(exchange: KernelExchange, found: _engine.CallFormat, told: Told) -> None:
@@ -548,10 +591,8 @@ def judge_dispatch(
     told: Told,
 ) -> None:
     """Raises what is wrong with this rank's topk_idx, else with the others' headers."""
-    error, token, entry = told.words[4:7].tolist()
-    if error and idx is not None and not told.words[0]:
-        text = route_texts(num_experts)[error - ERROR_RANGE]
-        for letter, number in (("e", int(idx[token, entry])), ("t", token), ("k", entry)):
-            text = text.replace(f"%{letter}", str(number))
-        raise ArgumentError(text)
+    if idx is not None and not told.words[0]:
+        text = wrong_routing(told.words[4:7].tolist(), num_experts, idx)
+        if text:
+            raise ArgumentError(text)
     exchange.raise_told(told, found, belongs=idx is None, ranks=range(exchange.num_ranks))

@@ -12,7 +12,8 @@ that the device maps (window_memory.py); control words always there.
 - **Epochs** are counted on the device (headers.cuh: Begin), so that a captured graph takes new ones at each replay.
 - **Errors** that kernels find stand in what they tell the host (`Told`): raised by the call that reads it, or by the
   next one (`raise_errors`). Behind a wait that failed no kernel does anything, and the Buffer is spent.
-- A call is one round, so `max_tokens` must fit.
+- A call is one round where the Buffer's `max_tokens` fit one; else kernel_rounds.py makes several of it, and asks for
+  sizes in each.
 
 *Source*: ours. Ran as threads of the host (tests/kernels/test_kernel_buffer.py), not yet on a GPU (2026-11-21).
 """
@@ -29,6 +30,7 @@ from torch import Tensor
 from . import _engine
 from .arguments import wrong
 from .device_ring import DeviceRing, limit_ms
+from .dispatch import DISPATCH
 from .errors import ArgumentError, MismatchError, MoeCommError, PeerError, PeerTimeout
 from .kernel_forward import KernelForwarder
 from .kernel_told import (
@@ -43,6 +45,7 @@ from .kernel_told import (
     Report,
     Round,
     Told,
+    Windows,
 )
 from .kernels import for_device, fused
 from .layout import ROW_ALIGNMENT
@@ -86,6 +89,9 @@ class KernelExchange:
         by_node = buffer.hops == "node" and nodes > 1
         self.num_lanes = nodes + node_ranks if by_node else R
         numbers = self.constant([*view["links"], *view["local"]], torch.int32)
+        # Tokens of a round, of rows as the Buffer was made for; and whether a call may need more than one.
+        self.chunk = max(1, buffer.layout.capacity // buffer.rows_per_token)
+        self.in_rounds = buffer.max_tokens is None or buffer.max_tokens > self.chunk
         self.lanes = Lanes(numbers, "out", self.num_links, self.num_local, "commits")
         self.results, self.num_sums = self.lanes, R
         self.sum_ranks: Sequence[int] = range(R)  # who wrote the windows that a combine reads
@@ -119,7 +125,7 @@ class KernelExchange:
         self._next = self.constant([buffer.config.first_epoch])
         self.next_epoch = buffer.config.first_epoch  # of the next call, not counting replays
         self.scratch = self.constant([0] * 8)  # of each stream: arrived [2], status of pushes
-        self._likes: dict[_engine.CallFormat, Tensor] = {}
+        self._likes: dict[tuple[_engine.CallFormat, int], Tensor] = {}
         self._reports: list[Report] = []
         self._groups: dict[tuple[int, int], Tensor] = {}
         self.stream = None
@@ -231,16 +237,18 @@ class KernelExchange:
         self._launch("moe_comm_begin", begin, num_blocks=1)
         self.ring.stream_wait(CREDITS)
 
-    def like(self, found: _engine.CallFormat, texts: tuple[str, ...]) -> Tensor:
+    def like(self, found: _engine.CallFormat, texts: tuple[str, ...], rounds: int = 1) -> Tensor:
         """Headers of a format: a good one, and one for each text."""
-        headers = [self.native.header_like(found, text) for text in ("", *texts)]
+        headers = [self.native.header_like(found, text, rounds) for text in ("", *texts)]
         return torch.frombuffer(bytearray(b"".join(headers)), dtype=torch.uint8).to(self.device)
 
-    def kept_like(self, found: _engine.CallFormat, texts: tuple[str, ...] = ()) -> Tensor:
+    def kept_like(
+        self, found: _engine.CallFormat, texts: tuple[str, ...] = (), rounds: int = 1
+    ) -> Tensor:
         """The same, kept as long as the Buffer keeps its formats."""
-        made = self._likes.get(found)
+        made = self._likes.get((found, rounds))
         if made is None:
-            made = self._likes[found] = self.like(found, texts)
+            made = self._likes[found, rounds] = self.like(found, texts, rounds)
         return made
 
     def write_headers(
@@ -312,12 +320,12 @@ class KernelExchange:
         self._launch("moe_comm_check_headers", check, num_blocks=1)
         return told
 
-    def collect(self, call: Round, windows: str, told: Told, out: Tensor, **fields: Any) -> None:
+    def collect(self, windows: Windows, out: Tensor, **fields: Any) -> None:
         """The parts of all rows at `part_at` to `out` [rows, width] uint8. fields: headers.cuh's Collect."""
-        starts = fields.pop("starts", told.starts)
         collect = fused.Collect(
-            windows=self.at(call, windows), num_sources=len(told.rows), rows=told.rows.data_ptr(),
-            starts=starts.data_ptr(), out=out.data_ptr(), out_stride=out.shape[1], **fields,
+            windows=windows.addresses, num_sources=len(windows.rows), rows=windows.rows.data_ptr(),
+            starts=windows.starts.data_ptr(), head_bytes=windows.head_bytes, out=out.data_ptr(),
+            out_stride=out.shape[1], **fields,
         )  # fmt: skip
         self._launch("moe_comm_collect", collect, width=16 * 32)
 
@@ -346,17 +354,19 @@ class KernelExchange:
         )  # fmt: skip
         self._launch("moe_comm_dispatch_forward", forward, "dispatch", fields.get("row_bytes", 16))
 
-    def unpack(self, call: Round, told: Told | None, **fields: Any) -> None:
-        """All rows to their places, then the banks are free. `told` None: they are freed unread."""
-        if told is not None:
+    def unpack(self, call: Round, windows: Windows | None, **fields: Any) -> None:
+        """All rows to their places, then the banks are free. None: they are freed unread."""
+        release = self._told_by(call, ROWS)
+        if windows is not None:
             fields |= {
-                "windows": self.at(call, "in"), "num_sources": self.num_ranks,
-                "num_rows": told.rows.data_ptr(), "starts": told.starts.data_ptr(),
+                "windows": windows.addresses, "num_sources": len(windows.rows), "head_bytes": windows.head_bytes,
+                "num_rows": windows.rows.data_ptr(), "starts": windows.starts.data_ptr(),
             }  # fmt: skip
-        release = self._told_by(call, ROWS) | {
-            "words": self.at(call, "releases"), "num_words": self.num_local,
-            "links": self.at(call, "links"), "num_links": self.num_links,
-        }  # fmt: skip
+        if windows is None or windows.free:
+            release |= {
+                "words": self.at(call, "releases"), "num_words": self.num_local,
+                "links": self.at(call, "links"), "num_links": self.num_links,
+            }  # fmt: skip
         unpack = fused.Unpack(release=fused.Release(**release), **fields)
         self._launch(
             "moe_comm_dispatch_unpack", unpack, "dispatch", fields.get("payload_bytes", 16)
@@ -444,16 +454,23 @@ class KernelExchange:
             time.sleep(NAP_S if waited > SPIN_S else 0)
 
     def hear_refusals(self, call: Round, kind: int, timeout_s: float | None) -> None:
-        """Of a call that this rank refuses, once its windows came, on the stream: was it alone in that?"""
+        """Of a call that this rank refuses, once its windows came, on the stream: was it alone in that? And how many
+        rounds do the others take?"""
         if self.capturing():
             return
-        epoch = call.block[:1].to("cpu", non_blocking=True)
-        if self.stream is not None:
-            event = torch.cuda.Event()
-            event.record(self.stream)
-            self._wait(event, "a refused call", self.late_s(timeout_s))
+        found = refused_format(kind)
+        windows, sources = ("in", self.num_ranks) if kind == DISPATCH else ("sums", self.num_sums)
+        like = self.kept_like(found)
+        report = self.report(
+            "a refused call", self.check_headers(call, like, windows, sources), no_judge
+        )
+        told = self.read(report, self.late_s(timeout_s))
+        assert told.epoch is not None
+        if told.words[0]:  # the next call says it
+            return
+        call.num_rounds, epoch = told.rounds, int(told.epoch)
         try:
-            self.native.raise_refusal(kind, int(epoch) % 2**64, self._headers(int(epoch) % 2))
+            self.native.raise_refusal(kind, epoch % 2**64, self._headers(epoch % 2))
         except PeerError as refusal:
             call.refusal = refusal
 
@@ -504,7 +521,7 @@ class KernelExchange:
             self.raise_fault()
             raise PeerTimeout(f"epoch {epoch}: rank {self.rank}: a wait ended with status {status}")
         if bad:
-            header = bytes(told.words[11:TOLD_WORDS].view(torch.uint8).tolist())
+            header = bytes(told.words[12:TOLD_WORDS].view(torch.uint8).tolist())
             self.native.judge(found, header, epoch, ranks[bad - 1], identity if belongs else 0)
         most, most_rank, allowed, allowed_rank = told.words[7:11].tolist()
         if 0 < allowed < most:
@@ -539,12 +556,19 @@ class KernelExchange:
             self.forwarder = None  # which has this object
 
 
+def refused_format(kind: int) -> _engine.CallFormat:
+    """Of a call of which no format is known."""
+    return _engine.CallFormat(kind, (0,) * 8, 0, 0, 0, 1, False, False)
+
+
+def no_judge(told: Told) -> None:
+    """Whatever it is, this call is refused."""
+
+
 def opened(buffer: "Buffer", native: _engine.Exchange) -> KernelExchange:
     """Raises ArgumentError where kernels cannot be this rank, RuntimeError or ImportError where they cannot run."""
     if buffer.mask_lost:
         raise wrong("device", "None with mask_lost", str(buffer.device))
-    if buffer.max_tokens is None:
-        raise wrong("device", "None without max_tokens", str(buffer.device))
     try:
         return KernelExchange(buffer, native)
     except (ImportError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from . import _engine
 from .dispatch import COMBINE, DISPATCH
 from .group import Topology
 from .handle import Handle
-from .kernel_told import HEADER_BYTES, LINKS, NAP_S, Round
+from .kernel_told import HEADER_BYTES, LINKS, NAP_S, Round, Windows
 from .layout import RowFormat, counts_bytes
 
 if TYPE_CHECKING:
@@ -137,13 +137,15 @@ class KernelForwarder:
             num_counts=num_counts, counts_bytes=self._counts_bytes(num_counts, by_node=False), **fields,
         )  # fmt: skip
 
-    def pass_rows(self, call: Round, passed: Passed) -> Tensor:
-        """A dispatch's rows. Returns the table for its handle: [links · max_tokens, G] int32."""
+    def pass_rows(self, call: Round, passed: Passed) -> tuple[Tensor, Tensor]:
+        """A dispatch's rows. Returns the tables for its handle: tokens [links · max_tokens] int32, and rows
+        [links · max_tokens, G]; −1 behind the real ones."""
         exchange, row, handle = self.exchange, passed.row, passed.handle
         links, ranks = exchange.num_links, self._node_ranks
         exchange.await_links(call, DISPATCH, passed.timeout_s, passed.timed)
         heads = {"head_bytes": HEADER_BYTES, "to_head_bytes": HEADER_BYTES}
         if handle is not None:
+            tokens = handle.forward_tokens
             table, sent, here = self._of_handle(handle)
             told = exchange.check_headers(
                 call, passed.like, "link_in", links, capacity=passed.found.capacity, expected=sent.data_ptr(),
@@ -162,24 +164,27 @@ class KernelForwarder:
             )  # fmt: skip
             self._pass_headers(call, told, passed, num_counts=num_counts, counts_bytes=slot_bytes)
             counts = told.copies(link_words).view(links, ranks, 1 + num_counts)[:, :, 0]
-            table = self._number_rows(call, told, passed, counts, heads["head_bytes"], num_counts)
+            tokens, table = self._number_rows(
+                call, told, passed, counts, heads["head_bytes"], num_counts
+            )
         exchange.forward(
             call, num_links=links, num_rows=told.rows.data_ptr(), row_bytes=row.row_bytes, table=table.data_ptr(),
             table_rows=table.shape[1], **heads,
         )  # fmt: skip
-        return table.view(-1, ranks)
+        return tokens, table.view(-1, ranks)
 
     def _number_rows(
         self, call: Round, told: Any, passed: Passed, counts: Tensor, head_bytes: int, num_counts: int
-    ) -> Tensor:  # fmt: skip
-        """[links, max_tokens, G]: the number of each link's row for each rank of the node. `counts` [links, G]."""
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The token of each link's row [links · max_tokens], and its number for each rank of the node [links,
+        max_tokens, G]. `counts` [links, G]."""
         exchange, row, most = self.exchange, passed.row, passed.max_tokens
         links, part_bytes = exchange.num_links, 4 + 4 * row.topk
         parts = exchange.new_parts(links * most, part_bytes)
         parts.fill_(255)  # rows that did not come have ids -1
         first = torch.arange(links, dtype=torch.int32, device=exchange.device) * most
         exchange.collect(
-            call, "link_in", told, parts, starts=first, head_bytes=head_bytes, row_bytes=row.row_bytes,
+            Windows(exchange.at(call, "link_in"), told.rows, first, head_bytes), parts, row_bytes=row.row_bytes,
             part_at=row.token_at, part_bytes=part_bytes,
         )  # fmt: skip
         numbered = exchange.kernels.forward_tables(
@@ -188,7 +193,7 @@ class KernelForwarder:
         )  # fmt: skip
         rows = numbered.rows.view(links, most, self._node_ranks)
         before = counts.cumsum(0, dtype=torch.int32) - counts  # rows of other links
-        return torch.where(rows >= 0, rows - before[:, None], -1)
+        return numbered.tokens, torch.where(rows >= 0, rows - before[:, None], -1)
 
     def _pass_headers(self, call: Round, told: Any, passed: Passed, **fields: Any) -> None:
         exchange = self.exchange

@@ -13,7 +13,7 @@ from .errors import PeerError
 HEADER_BYTES = _engine.HEADER_BYTES
 NAP_S = 50e-6  # between looks at a stream
 CREDITS, ROWS, LINKS = 0, 1, 2  # the ring's words: of what a rank writes, reads, passes on
-TOLD_WORDS = 11 + HEADER_BYTES // 8  # headers.cuh: Told
+TOLD_WORDS = 12 + HEADER_BYTES // 8  # headers.cuh: Told
 
 
 @dataclasses.dataclass
@@ -25,7 +25,7 @@ class Round:
     # int64: epoch, the bank's table, staged headers, groups of rows
     forwarded: Any = None  # what the forwarder was given for it, if there is one
     own_rounds: int = 1
-    num_rounds: int = 1
+    num_rounds: int = 1  # the maximum over ranks, once headers came
     refusal: PeerError | None = None  # a peer's, where this rank refused, too
 
     def raise_failure(self) -> None:
@@ -41,6 +41,16 @@ class Lanes(NamedTuple):
     num_links: int
     num_local: int
     commits: str = ""
+
+
+class Windows(NamedTuple):
+    """Rows to be read, of several sources. All on the device."""
+
+    addresses: int  # where a table of them is
+    rows: Tensor  # int32 [sources]
+    starts: Tensor  # int32 [sources]: where those of a source begin in what is made of them
+    head_bytes: int  # what lies in front of the rows
+    free: bool = True  # who read them all tells the writers
 
 
 class Told:
@@ -62,6 +72,11 @@ class Told:
     def num_rows(self) -> Tensor:
         """int32 [1]"""
         return self.words[3:4].view(torch.int32)[:1]
+
+    @property
+    def rounds(self) -> int:
+        """Of the host's copy."""
+        return int(self.words[11])
 
     @property
     def rows(self) -> Tensor:

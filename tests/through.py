@@ -3,7 +3,8 @@
 Public calls are wrapped: tensors they are given are moved to the device, the real call runs on those, and what it
 returns is moved back and compared as ever. far: tests/far.py, a pretended one. cuda: the first GPU.
 kernels: Buffers that can be are made of kernels, run by threads of the host (tests/kernels/host_device.py). apart: so,
-and windows lie in memory of their own, as if it were a device's (tests/kernels/apart.py).
+and windows lie in memory of their own, as if it were a device's (tests/kernels/apart.py). rounds: so, and calls take a
+round for every three tokens.
 """
 
 import functools
@@ -20,8 +21,8 @@ import moe_comm
 from moe_comm import Dispatched
 from moe_comm.event import Hook
 
-KINDS = ("far", "cuda", "kernels", "apart")
-OF_KERNELS = ("kernels", "apart")
+KINDS = ("far", "cuda", "kernels", "apart", "rounds")
+OF_KERNELS = ("kernels", "apart", "rounds")
 VARIABLE, LIBRARY = "MOE_COMM_TEST_THROUGH", "MOE_COMM_TEST_KERNELS"
 _real: dict = {}
 
@@ -88,7 +89,8 @@ def wrap(method, kind):
 def install(kind):
     """Wraps moe_comm.Buffer's calls in this process."""
     if kind in OF_KERNELS:
-        return install_kernels(apart=kind == "apart")
+        install_kernels(apart=kind == "apart")
+        return in_rounds() if kind == "rounds" else None
     if kind == "far":
         far.install()
     for name in ("dispatch", "combine"):
@@ -115,19 +117,32 @@ def install_kernels(apart=False):
 
     @functools.wraps(make)
     def init(self, group=None, *, hops="node", ranks_per_node=None, max_tokens=None, **options):
-        if not any(options.get(name) for name in ("mask_lost", "window_bytes")) | (
-            "device" in options
-        ):
-            options["device"], max_tokens = "cpu", max_tokens or MOST_TOKENS
-            options |= {
-                "each_copy": True,
-                "hidden": 2 * options.get("hidden", 7168),
-            }  # one round for all
+        if not (options.get("mask_lost") or "device" in options):
+            options["device"] = "cpu"
+            if not options.get("window_bytes"):  # one round for all
+                max_tokens = max_tokens or MOST_TOKENS
+                options |= {"each_copy": True, "hidden": 2 * options.get("hidden", 7168)}
         make(
             self, group, hops=hops, ranks_per_node=ranks_per_node, max_tokens=max_tokens, **options
         )
 
     moe_comm.Buffer.__init__ = init
+
+
+TOKENS_OF_A_ROUND = 3
+
+
+def in_rounds():
+    from moe_comm.kernel_exchange import KernelExchange
+
+    make = KernelExchange.__init__
+
+    @functools.wraps(make)
+    def init(self, *args):
+        make(self, *args)
+        self.chunk, self.in_rounds = TOKENS_OF_A_ROUND, True
+
+    KernelExchange.__init__ = init
 
 
 def uninstall():

@@ -69,7 +69,7 @@ def take_part(buffer: Buffer, kind: int, text: str) -> PeerError | None:
     if kind == COMBINE:
         request, counter = _NO_COMBINE, "combines"
     with contextlib.suppress(ArgumentError):
-        buffer._run(refused, request, counter, None)  # type: ignore[arg-type]  # made like a class
+        buffer._run(refused, request, counter, None)
     try:
         made[0].call.raise_failure()
     except PeerError as error:

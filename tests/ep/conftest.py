@@ -28,6 +28,8 @@ def pytest_collection_modifyitems(config, items):
             return False
         if through in OF_KERNELS and item.get_closest_marker("loops"):
             return False
+        if through == "rounds" and item.get_closest_marker("one_round"):
+            return False
         return not ("chaos" in params and item.get_closest_marker("plain"))
 
     items[:] = filter(is_run, items)

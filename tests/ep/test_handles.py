@@ -33,7 +33,6 @@ def test_many_alive_in_any_order(run_threads, hops):
     run_threads(body, 4, hops=hops, **OPTIONS)
 
 
-@pytest.mark.loops("in rounds")
 @pytest.mark.parametrize("hops", ["node", "rank"])
 def test_after_the_buffer_was_replaced(hops, run_threads):
     """By one with smaller windows: the combine has other rounds than its dispatch had."""
@@ -79,6 +78,7 @@ def test_two_micro_batches_combined_crosswise(run_threads):
     run_threads(body, 4, **OPTIONS)
 
 
+@pytest.mark.one_round
 def test_an_op_never_returns_one_tensor_twice(run_threads):
     """Empty tables are shared by handles (a forwarder's and that of copies: K = G = 2), never by what an op returns."""
     case = make_case(2, topk=2, num_experts=8, tokens=[3, 2])

@@ -59,7 +59,6 @@ def test_skewed_programs(run_threads, hops):
     run_threads(body, 4, hops=hops, **OPTIONS)
 
 
-@pytest.mark.loops("in rounds")
 def test_open_hook_does_not_hold_up_a_call_in_rounds(run_threads):
     """A blocking call needs the bank of an un-hooked one: the receive is done for it, and the hook still delivers."""
     long = make_case(4, tokens=[12, 7, 0, 12], topk=3, num_experts=8, hidden=512)
@@ -200,7 +199,7 @@ def test_waits_are_timed_for_each_rank(run_threads, hops, late, async_op):
             assert waits[late] > 0.9e9 * after_s and waits[others].max() < waits[late] / 2, waits
 
 
-@pytest.mark.loops("kernels have max_tokens")
+@pytest.mark.loops("they are given max_tokens")
 def test_hook_needs_one_round(run_threads):
     def body(buffer, rank):
         with pytest.raises((ArgumentError, PeerError), match="async_op"):

@@ -53,7 +53,7 @@ ON_GPU = [pytest.param(kind, marks=pytest.mark.gpu) for kind in ("cuda", "cuda, 
 
 @pytest.fixture(params=["host", *ON_GPU])
 def device(request, library, monkeypatch):
-    """What ranks take: a GPU, which they share, windows in its memory or staged; or the host, and kernels as its code."""
+    """What ranks take: a GPU that they share, windows in its memory or staged; or the host, and kernels as its code."""
     if request.param == "host":
         return "cpu", library._name
     monkeypatch.setenv("MOE_COMM_WINDOWS", "host" if "staged" in request.param else "auto")
@@ -362,7 +362,6 @@ def _refused(rank, group, library):
     run_on_host(library)
     for options, text in (
         ({"hops": "rank", "mask_lost": True}, "device: expected None with mask_lost"),
-        ({"max_tokens": None}, "device: expected None without max_tokens"),
     ):
         with pytest.raises(ArgumentError, match=text):
             moe_comm.Buffer(group, device="cpu", **{"max_tokens": 8, **SIZES, **options})
@@ -371,9 +370,6 @@ def _refused(rank, group, library):
     with moe_comm.Buffer(group, device="cpu", max_tokens=8, **SIZES) as buffer:
         case = make_case(2, tokens=[5, 3], num_experts=8)
         got = dispatch(buffer, case, rank)
-        wide = torch.zeros(8, 512, dtype=torch.bfloat16)
-        with pytest.raises(ArgumentError, match=r"x: expected at most . tokens of such rows"):
-            buffer.dispatch(wide, case.idx[rank].new_zeros(8, 1), num_experts=8)
         check_dispatched(dispatch(buffer, case, rank), expected(case), rank)
         with moe_comm.Buffer(group, **SIZES) as loops:
             other = dispatch(loops, case, rank)

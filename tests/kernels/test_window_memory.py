@@ -153,7 +153,7 @@ def test_windows_in_the_memory_of_this_gpu(run_ranks):
 
 
 def _refused(rank, group, libraries, broken, options, left):
-    """Rank 1's device refuses one thing, `left` is what the Buffer has. Returns the error of asking for all the same."""
+    """Rank 1's device refuses one thing, `left` is what the Buffer has. Returns the error of asking for it."""
     driver = start(libraries)
     if rank == 1:
         call, ordering = broken
