@@ -423,10 +423,10 @@ class DispatchInRounds(InRounds):
             group_key=self.buffer.group_key, number=int(parts[0].known.words[2]), rank=exchange.rank,
             hops=self.buffer.hops, layout=self.request.layout, num_experts=whole.num_experts, topk=whole.topk,
             num_tokens=len(whole.x), num_places=whole.places, place_shape=whole.shape,
-            tokens_of=tuple(self.tokens_of.tolist()), totals=tuple(self.totals.tolist()), forward_counts=(0,) * self.buffer.topology.num_nodes,
-            lane_rows=lane_rows, recv_tokens=whole.recv_tokens, positions=whole.positions, forward_tokens=order,
-            forward_rows=forward_rows, tokens_per_expert=whole.tokens_per_expert, told=told,
-            generation=self.buffer.generation, chunk=self.chunk,
+            tokens_of=tuple(self.tokens_of.tolist()), totals=tuple(self.totals.tolist()),
+            forward_counts=(0,) * self.buffer.topology.num_nodes, lane_rows=lane_rows,
+            recv_tokens=whole.recv_tokens, positions=whole.positions, forward_tokens=order, forward_rows=forward_rows,
+            tokens_per_expert=whole.tokens_per_expert, told=told, generation=self.buffer.generation, chunk=self.chunk,
         )  # fmt: skip
         return whole.hand_out(handle, lane_rows, forward_rows, told, order)
 
