@@ -40,10 +40,10 @@ THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes hoo
 # With windows in a (pretended) device's memory; and with a round for every few tokens.
 THROUGH_APART := $(addprefix tests/ep/test_,$(addsuffix .py,exchange hooks handles wrong_input generations faults))
 THROUGH_ROUNDS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes handles wrong_input generations))
-# deep_ep's low-latency calls by kernels, and what makes them.
-LOW_LATENCY := tests/clients/test_deep_ep_legacy_low_latency.py tests/clients/test_deep_ep_legacy_limits.py
-LOW_LATENCY_CLIENTS := tests/clients/test_integration_sglang.py tests/clients/test_integration_vllm.py \
-    tests/clients/test_deep_ep_legacy_clients.py
+# deep_ep's calls by kernels, and what makes them.
+DEEP_EP := $(addprefix tests/clients/test_deep_ep_,$(addsuffix .py,legacy_normal legacy_low_latency legacy_limits elastic))
+DEEP_EP_CLIENTS := tests/clients/test_integration_sglang.py tests/clients/test_integration_vllm.py \
+    $(addprefix tests/clients/test_deep_ep_legacy_,$(addsuffix .py,clients megatron megatron_core))
 BY_KERNELS = PYTEST_ADDOPTS= MOE_COMM_DEVICE=cpu $(PYTEST) -q -ra --maxfail=5 --through kernels
 
 SHELL := /bin/bash
@@ -77,7 +77,7 @@ test-clients: ## the frameworks that use this package, and DeepEP's interface
 	@$(BIN)/python -c 'import mpi4py' 2>/dev/null || $(BIN)/python -m pip install -q mpi4py mpich || \
 	    echo "not installed here, what needs it will be skipped: mpi4py mpich" >&2
 	@PYTHONPATH=$(CURDIR)/build/frameworks $(PYTEST) -q -ra --maxfail=5 --durations=5 tests/clients $(ARGS)
-	@PYTHONPATH=$(CURDIR)/build/frameworks $(BY_KERNELS) -k "not mpi4py" $(LOW_LATENCY_CLIENTS) $(ARGS) || [ $$? = 5 ]
+	@PYTHONPATH=$(CURDIR)/build/frameworks $(BY_KERNELS) -k "not mpi4py" $(DEEP_EP_CLIENTS) $(ARGS) || [ $$? = 5 ]
 
 test-kernels: ## device code, without a device: Triton interpreted, CUDA as host code, both compiled (at most 6 minutes)
 	@.dev/setup.sh test
@@ -89,7 +89,7 @@ test-kernels: ## device code, without a device: Triton interpreted, CUDA as host
 test-device: ## the exchange's own tests, its calls made by kernels as host code (at most 8 minutes)
 	@.dev/setup.sh test
 	@$(PYTEST) -q -ra --maxfail=5 --durations=5 --through kernels $(THROUGH_KERNELS) $(ARGS)
-	@$(BY_KERNELS) $(LOW_LATENCY) $(ARGS) || [ $$? = 5 ]
+	@$(BY_KERNELS) $(DEEP_EP) $(ARGS) || [ $$? = 5 ]
 	@PYTEST_ADDOPTS= $(PYTEST) -q -ra --maxfail=5 --through apart $(THROUGH_APART) $(ARGS) || [ $$? = 5 ]
 	@PYTEST_ADDOPTS= $(PYTEST) -q -ra --maxfail=5 --through rounds $(THROUGH_ROUNDS) $(ARGS) || [ $$? = 5 ]
 

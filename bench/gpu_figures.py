@@ -474,31 +474,50 @@ def calls(on: Device) -> dict:
         x = torch.randn(T, on.hidden, generator=g).bfloat16().to(on.device)
         idx = torch.rand(T, EXPERTS, generator=g).topk(TOPK, dim=1).indices.to(on.device)
         weights = torch.rand(T, TOPK, generator=g).to(on.device)
-        window_bytes = 8 * max(T, 64) * (on.hidden * 2 + 1024)
-        with moe_comm.Buffer(
-            moe_comm.EPGroup.threads(1)[0], hidden=on.hidden, topk=TOPK, num_experts=EXPERTS, max_tokens=T,
-            device=on.device, window_bytes=window_bytes,
-        ) as buffer:  # fmt: skip
-
-            def both(layout, buffer=buffer, x=x, idx=idx, weights=weights):
-                d = buffer.dispatch(x, idx, weights, num_experts=EXPERTS, layout=layout)
-                weighted = None if layout == "rank" else d.topk_weights
-                return buffer.combine(d.x, d.handle, weights=weighted)
-
-            for layout in ("rank", "expert"):
-                times = []
-                for _ in range(3 if on.dry else 35):
-                    start = time.perf_counter()
-                    both(layout)
-                    if not on.dry:
-                        torch.cuda.synchronize()
-                    times.append(1e6 * (time.perf_counter() - start))
-                found[f"eager {layout}, T={T}"] = figure(times[2:])
-            if num_tokens > 128:
-                continue  # padded: EXPERTS * T rows
-            both("padded")  # makes what is kept
-            found[f"graph padded, T={T}"] = figure(on.graph_us([lambda: both("padded")]))
+        for windows in ("auto",) if on.dry else ("device", "host"):
+            try:
+                found |= calls_of(on, x, idx, weights, windows, captured=num_tokens <= 128)
+            except moe_comm.TransportError as error:  # no memory of the device
+                found[f"windows={windows}, T={T}"] = {"missing": str(error)}
+        if num_tokens <= 128:
             found |= low_latency(on, T, x, weights)
+    return found
+
+
+def calls_of(
+    on: Device,
+    x: torch.Tensor,
+    idx: torch.Tensor,
+    weights: torch.Tensor,
+    windows: str,
+    captured: bool,
+) -> dict:
+    """Of one Buffer. `captured`: also layout "padded", which has EXPERTS * T rows, as a graph."""
+    found, T = {}, len(x)
+    window_bytes = 8 * max(T, 64) * (on.hidden * 2 + 1024)
+    with moe_comm.Buffer(
+        moe_comm.EPGroup.threads(1)[0], hidden=on.hidden, topk=TOPK, num_experts=EXPERTS, max_tokens=T,
+        device=on.device, window_bytes=window_bytes, windows=windows,
+    ) as buffer:  # fmt: skip
+
+        def both(layout):
+            d = buffer.dispatch(x, idx, weights, num_experts=EXPERTS, layout=layout)
+            weighted = None if layout == "rank" else d.topk_weights
+            return buffer.combine(d.x, d.handle, weights=weighted)
+
+        where = f"T={T}, windows={buffer.windows}"
+        for layout in ("rank", "expert"):
+            times = []
+            for _ in range(3 if on.dry else 35):
+                start = time.perf_counter()
+                both(layout)
+                if not on.dry:
+                    torch.cuda.synchronize()
+                times.append(1e6 * (time.perf_counter() - start))
+            found[f"eager {layout}, {where}"] = figure(times[2:])
+        if captured:
+            both("padded")  # makes what is kept
+            found[f"graph padded, {where}"] = figure(on.graph_us([lambda: both("padded")]))
     return found
 
 

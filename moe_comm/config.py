@@ -36,8 +36,8 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
     "MOE_COMM_DEVICE": (
         str,
         "",
-        "cuda: Buffers whose calls are kernels, and deep_ep's low-latency calls, on tensors of that GPU; empty: CPU "
-        "tensors, CUDA tensors by copies",
+        "cuda: Buffers whose calls are kernels, those of deep_ep, too, on tensors of that GPU; empty: CPU tensors, and "
+        "CUDA tensors by copies",
     ),
     "MOE_COMM_WINDOWS": (
         str,

@@ -49,7 +49,7 @@ class Handle:
     chunk: int = 0  # of kernels: no rank had more tokens in a round (kernel_rounds.py)
     complete: bool = True
     parts: Any = dataclasses.field(
-        default=None, repr=False, compare=False
+        default=None, init=False, repr=False, compare=False
     )  # likewise: once they were made
 
     @property

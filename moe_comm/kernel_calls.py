@@ -27,21 +27,11 @@ from .errors import ArgumentError
 from .handle import Handle
 from .kernel_exchange import KernelExchange, refused_format
 from .kernel_forward import Passed
+from .kernel_judges import LANES_TEXT, is_out_of_memory, judge_combine, judge_dispatch, route_texts
 from .kernel_told import HEADER_BYTES, Report, Round, Told, Windows
 from .kernels import fused
-from .kernels.route import ERROR_RANGE
 from .layout import RowFormat, counts_bytes
 from .memory import allocated_by
-
-LANES_TEXT = "topk_idx: expected that of the handle's dispatch, got other ids for token %t"
-
-
-def route_texts(num_experts: int) -> tuple[str, str]:
-    """By what route finds wrong; the expert, the token and the entry come for %e, %t and %k (headers.cuh)."""
-    return (
-        f"topk_idx: expected expert ids in [0, {num_experts}) or -1, got %e at [%t, %k]",
-        "topk_idx: expected different experts for one token, got expert %e twice at token %t",
-    )
 
 
 class ByKernels:
@@ -52,7 +42,9 @@ class ByKernels:
     exchange: KernelExchange
     error: ArgumentError | None
     request: Any
+    what: str  # its first argument
     _send: Callable[[], None]
+    _receive: Callable[[], None]
 
     def __init__(self, buffer: Any, request: DispatchRequest | CombineRequest):
         self.exchange, self.call = buffer.kernels, Round()
@@ -69,9 +61,25 @@ class ByKernels:
         if self.request.deferred:
             self.exchange.order_behind()
 
+    def receive(self, round_idx: int) -> None:
+        """What came, to the outputs; or nowhere, if this rank refused, or has no memory for it."""
+        with self.exchange.on_stream():
+            if self.error is None:
+                try:
+                    return self._receive()
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self.error = ArgumentError(
+                        f"{self.what}: no memory for the received rows: {error}"
+                    )
+            self.exchange.unpack(self.call, None)
+
 
 class KernelDispatch(ByKernels, PendingDispatch):
     """A dispatch from its first send to its last receive."""
+
+    what = "x"
 
     def _check(self) -> None:
         super()._check()
@@ -212,15 +220,11 @@ class KernelDispatch(ByKernels, PendingDispatch):
             self.known = exchange.read(self.report, exchange.late_s(request.timeout_s))
             self.call.num_rounds = self.known.rounds
 
-    def receive(self, round_idx: int) -> None:
-        exchange = self.exchange
-        with exchange.on_stream():
-            if self.error is not None:
-                exchange.unpack(self.call, None)
-            elif self.request.handle is None:
-                self._place()
-            else:
-                self._place_again(self.request.handle)
+    def _receive(self) -> None:
+        if self.request.handle is None:
+            self._place()
+        else:
+            self._place_again(self.request.handle)
 
     def windows(self) -> Windows:
         """What came, by source."""
@@ -388,6 +392,8 @@ class KernelDispatch(ByKernels, PendingDispatch):
 class KernelCombine(ByKernels, PendingCombine):
     """A combine from its first send to its last receive."""
 
+    what = "y"
+
     def _check(self) -> None:
         super()._check()
         check_wait_ns(self.request.wait_ns, self.buffer)
@@ -475,47 +481,43 @@ class KernelCombine(ByKernels, PendingCombine):
                 self.report, exchange.late_s(request.timeout_s)
             ).rounds
 
-    def receive(self, round_idx: int) -> None:
+    def _receive(self) -> None:
         exchange, handle = self.exchange, self.request.handle
-        with exchange.on_stream():
-            if self.error is not None:
-                exchange.unpack(self.call, None)
-                return
-            with allocated_by(exchange.new):
-                self._new_outputs()
-            exchange.used_by_stream(self.summed)
-            rows, bias, lanes = self.row, self.bias, self.lanes[0]
-            windows = exchange.table(self.call, "sums", exchange.num_sums) + HEADER_BYTES
-            # A node's sum is rounded.
-            inner = (0, exchange.num_ranks if handle.hops == "node" else 0)
-            weights = None
-            if lanes is None:
-                lane_rows = handle.lane_rows
-                if exchange.forwarder is not None:
-                    inner = exchange.forwarder.inner
-                    lane_rows = lane_rows.index_select(1, exchange.forwarder.sum_lanes)
-                starts = exchange.zeros[: exchange.num_sums]
-                offsets = exchange.kernels.row_offsets(
-                    lane_rows, starts, windows, row_bytes=rows.row_bytes
-                )
-            else:
-                inner, weights = (0, 0), self.lanes[1]
-                offsets = exchange.kernels.lane_offsets(
-                    lanes, self.found.numbers, self.told.rows, windows, experts_per_rank=self.experts_per_rank,
-                    row_bytes=rows.row_bytes,
-                )  # fmt: skip
-            item = self.y.element_size()
-            exchange.add_rows(
-                self.y.dtype, self.call, offsets=offsets.data_ptr(), num_terms=offsets.shape[1],
-                inner_first=inner[0], inner_last=inner[1],
-                weights=0 if weights is None else weights.data_ptr(), fused=1,
-                bias=0 if bias is None else bias.data_ptr(), bias_stride=0 if bias is None else bias.stride(0) * item,
-                payload_bytes=rows.payload_bytes, whole=fused.Group(
-                    out=self.summed.data_ptr(), out_stride=self.summed.stride(0) * item, num_rows=len(self.summed)
-                ),
-                num_columns=0 if self.out_columns is None else handle.topk, columns_at=rows.weights_at,
-                out_columns=0 if self.out_columns is None else self.out_columns.data_ptr(),
+        with allocated_by(exchange.new):
+            self._new_outputs()
+        exchange.used_by_stream(self.summed)
+        rows, bias, lanes = self.row, self.bias, self.lanes[0]
+        windows = exchange.table(self.call, "sums", exchange.num_sums) + HEADER_BYTES
+        # A node's sum is rounded.
+        inner = (0, exchange.num_ranks if handle.hops == "node" else 0)
+        weights = None
+        if lanes is None:
+            lane_rows = handle.lane_rows
+            if exchange.forwarder is not None:
+                inner = exchange.forwarder.inner
+                lane_rows = lane_rows.index_select(1, exchange.forwarder.sum_lanes)
+            starts = exchange.zeros[: exchange.num_sums]
+            offsets = exchange.kernels.row_offsets(
+                lane_rows, starts, windows, row_bytes=rows.row_bytes
+            )
+        else:
+            inner, weights = (0, 0), self.lanes[1]
+            offsets = exchange.kernels.lane_offsets(
+                lanes, self.found.numbers, self.told.rows, windows, experts_per_rank=self.experts_per_rank,
+                row_bytes=rows.row_bytes,
             )  # fmt: skip
+        item = self.y.element_size()
+        exchange.add_rows(
+            self.y.dtype, self.call, offsets=offsets.data_ptr(), num_terms=offsets.shape[1],
+            inner_first=inner[0], inner_last=inner[1],
+            weights=0 if weights is None else weights.data_ptr(), fused=1,
+            bias=0 if bias is None else bias.data_ptr(), bias_stride=0 if bias is None else bias.stride(0) * item,
+            payload_bytes=rows.payload_bytes, whole=fused.Group(
+                out=self.summed.data_ptr(), out_stride=self.summed.stride(0) * item, num_rows=len(self.summed)
+            ),
+            num_columns=0 if self.out_columns is None else handle.topk, columns_at=rows.weights_at,
+            out_columns=0 if self.out_columns is None else self.out_columns.data_ptr(),
+        )  # fmt: skip
 
     def _find_lanes(self) -> int:
         """Which row or copy of its owner each lane's term is. Returns where it says whether topk_idx is the dispatch's,
@@ -562,37 +564,3 @@ def send_refusal(
         exchange.forwarder.begin(
             call, (like,), functools.partial(exchange.forwarder.refuse, call, kind, passed)
         )
-
-
-def wrong_routing(error: list[int], num_experts: int, idx: Tensor) -> str:
-    """What route found wrong, in words; empty: nothing."""
-    found, token, entry = error
-    if not found:
-        return ""
-    text = route_texts(num_experts)[found - ERROR_RANGE]
-    for letter, number in (("e", int(idx[token, entry])), ("t", token), ("k", entry)):
-        text = text.replace(f"%{letter}", str(number))
-    return text
-
-
-def judge_combine(exchange: KernelExchange, found: _engine.CallFormat, told: Told) -> None:
-    """Raises what is wrong with this rank's lanes, else with the others' headers."""
-    error, token = told.words[4:6].tolist()
-    if error and not told.words[0]:
-        raise ArgumentError(LANES_TEXT.replace("%t", str(token)))
-    exchange.raise_told(told, found, belongs=True, ranks=exchange.sum_ranks)
-
-
-def judge_dispatch(
-    exchange: KernelExchange,
-    found: _engine.CallFormat,
-    num_experts: int,
-    idx: Tensor | None,
-    told: Told,
-) -> None:
-    """Raises what is wrong with this rank's topk_idx, else with the others' headers."""
-    if idx is not None and not told.words[0]:
-        text = wrong_routing(told.words[4:7].tolist(), num_experts, idx)
-        if text:
-            raise ArgumentError(text)
-    exchange.raise_told(told, found, belongs=idx is None, ranks=range(exchange.num_ranks))

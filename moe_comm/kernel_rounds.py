@@ -28,7 +28,8 @@ from .combine import COMBINE, CombineRequest
 from .dispatch import DISPATCH, Dispatched, DispatchRequest
 from .errors import ArgumentError, MismatchError
 from .handle import Handle
-from .kernel_calls import KernelCombine, KernelDispatch, wrong_routing
+from .kernel_calls import KernelCombine, KernelDispatch
+from .kernel_judges import wrong_routing
 from .kernel_told import Round, Told, Windows
 
 
@@ -104,7 +105,7 @@ def _rounds_of(handle: Handle) -> list[Handle]:
         parts.append(dataclasses.replace(
             handle, told=told[k], lane_rows=lane_rows, num_tokens=len(lane_rows), positions=places,
             recv_tokens=handle.recv_tokens.index_select(0, rows) - k * handle.chunk,
-            forward_tokens=link_tokens[links], forward_rows=handle.forward_rows[links], parts=None,
+            forward_tokens=link_tokens[links], forward_rows=handle.forward_rows[links],
         ))  # fmt: skip
         first = end
     return parts
@@ -131,7 +132,7 @@ def _split(part: Handle, capacity: int) -> list[Handle]:
         link_tokens, forward_rows = _split_forward(part, first, capacity)
         pieces.append(dataclasses.replace(
             part, told=told, num_tokens=len(lane_rows), recv_tokens=tokens[kept] - first, positions=places,
-            lane_rows=torch.where(lane_rows >= 0, lane_rows - before, -1).int(), chunk=capacity, parts=None,
+            lane_rows=torch.where(lane_rows >= 0, lane_rows - before, -1).int(), chunk=capacity,
             forward_tokens=link_tokens, forward_rows=forward_rows,
         ))  # fmt: skip
     return pieces
@@ -212,8 +213,11 @@ class InRounds:
         self.whole = self._whole()
         if self.whole.error is not None:
             self.refuse(str(self.whole.error))
-        else:
+            return
+        try:
             self._begin()
+        except RuntimeError as error:  # whatever is wrong: the peers wait for our header
+            self.refuse(str(error))
 
     def refuse(self, text: str) -> None:
         """This rank takes part with no tokens and `text`; `finish` raises it."""
@@ -276,6 +280,13 @@ def is_bad(told: Told) -> bool:
     return bool(status or bad or error)
 
 
+def used_by_stream(exchange: Any, handle: Handle) -> None:
+    """Tables that were made on the caller's stream."""
+    exchange.used_by_stream(
+        handle.told, handle.lane_rows, handle.recv_tokens, handle.positions, handle.forward_rows, handle.forward_tokens
+    )  # fmt: skip
+
+
 def range_of(handles: list[Handle], number: int) -> tuple[int, int]:
     """Tokens of a round."""
     first = sum(handle.num_tokens for handle in handles[:number])
@@ -326,6 +337,7 @@ class DispatchInRounds(InRounds):
         if self.request.handle is not None:
             first, last = range_of(self.handles, number)
             changed["handle"] = self.handles[number]
+            used_by_stream(self.exchange, self.handles[number])
         else:
             first = min(number * self.chunk, len(self.whole.x))
             last = min(first + self.chunk, len(self.whole.x))
@@ -341,9 +353,10 @@ class DispatchInRounds(InRounds):
         return part
 
     def finish(self) -> Dispatched:
-        known = [part.known for part in self.parts if part.error is None]
-        if self.error is None and not any(map(is_bad, known)):
-            self._check_tokens(known)
+        if not any(call.error is not None for call in (self, *self.parts)):
+            known = [part.known for part in self.parts]
+            if not any(map(is_bad, known)):
+                self._check_tokens(known)
         found: Dispatched = super().finish()
         return found
 
@@ -456,6 +469,7 @@ class CombineInRounds(InRounds):
 
     def _part(self, number: int) -> RoundOfCombine:
         handle, request = self.handles[number], self.request
+        used_by_stream(self.exchange, handle)
         first, last = range_of(self.handles, number)
         columns = request.topk_weights
         if columns is not None and handle.layout == "rank" and len(self.handles) > 1:

@@ -117,7 +117,8 @@ def install_kernels(apart=False):
 
     @functools.wraps(make)
     def init(self, group=None, *, hops="node", ranks_per_node=None, max_tokens=None, **options):
-        if not (options.get("mask_lost") or "device" in options):
+        asked = "device" in options or os.environ.get("MOE_COMM_DEVICE")  # made as its maker says
+        if not (asked or options.get("mask_lost")):
             options["device"] = "cpu"
             if not options.get("window_bytes"):  # one round for all
                 max_tokens = max_tokens or MOST_TOKENS

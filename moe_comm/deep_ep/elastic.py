@@ -14,7 +14,8 @@ bytes; an exchange of any size runs in rounds over windows of `num_bytes`.
 
 num_cpu_bytes, use_fp8_dispatch, allow_hybrid_mode, prefer_overlap_with_compute, sl_idx, the numbers of SMs and QPs and
 num_gpu_timeout_secs are kept, and tune nothing. CUDA tensors are staged through the host (staging.py); the tensors of
-an EPHandle stay there. Absent: engram_*, pp_*, agrs_*, all_gather.
+an EPHandle stay there. With MOE_COMM_DEVICE=cuda calls are kernels instead (kernel_rounds.py), and all tensors are on
+the GPU; the host asks for counts in any case. Absent: engram_*, pp_*, agrs_*, all_gather.
 """
 
 import dataclasses
@@ -114,7 +115,6 @@ class ElasticBuffer:
         least = _size(self.num_ranks, LEAST_TOKENS, hidden, num_topk)
         self.runtime: core.Buffer | None = core.Buffer(
             self._group,
-            device="",
             hidden=hidden,
             topk=num_topk,
             num_experts=MAX_EXPERTS,
@@ -122,6 +122,7 @@ class ElasticBuffer:
             window_bytes=max(num_bytes, least),
             timeout_s=float(num_cpu_timeout_secs),
         )
+        self._where = self.runtime.device if self.runtime.kernels is not None else None
         topology = self.runtime.topology
         self.num_rdma_ranks, self.num_nvlink_ranks = topology.num_nodes, topology.node_ranks
         self.num_scaleout_ranks, self.num_scaleup_ranks = 1, self.num_ranks
@@ -201,12 +202,18 @@ class ElasticBuffer:
         self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = True
     ) -> None:
         """Returns when all ranks have called it."""
-        nothing = torch.empty((0, 16)), torch.empty((0, 1), dtype=torch.int64)
-        self._open().dispatch(*nothing, num_experts=self.num_ranks)
+        runtime = self._open()
+        where = runtime.device
+        nothing = torch.empty((0, 16), device=where)
+        nowhere = torch.empty((0, 1), dtype=torch.int64, device=where)
+        runtime.dispatch(nothing, nowhere, num_experts=self.num_ranks)
 
     # --- dispatch --------------------------------------------------------------------------------
 
-    @staged("x", updates=("cumulative_local_expert_recv_stats",), order=wait_for_event)
+    @staged(
+        "x", updates=("cumulative_local_expert_recv_stats",), order=wait_for_event,
+        where=lambda self: self._where,
+    )  # fmt: skip
     def dispatch(
         self,
         x: Any,
@@ -332,7 +339,7 @@ class ElasticBuffer:
         if not synced and not most:
             raise wrong("num_max_tokens_per_rank", "an int > 0 without CPU sync", most)
         payload = x[0] if isinstance(x, (tuple, list)) and x else x
-        check_rows("x", payload)
+        check_rows("x", payload, where=self._open().device)
         if most and len(payload) > most:
             raise wrong("x", f"at most num_max_tokens_per_rank = {most} tokens", payload)
         return most
@@ -378,7 +385,7 @@ class ElasticBuffer:
 
     # --- combine ---------------------------------------------------------------------------------
 
-    @staged("x", order=wait_for_event)
+    @staged("x", order=wait_for_event, where=lambda self: self._where)
     def combine(
         self,
         x: Tensor,
@@ -532,7 +539,7 @@ def _pair_of_biases(bias: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sum_copies(rows: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
     """[N, H] of rows' dtype: the sum of each row's copies in lane order, rounded to `dtype`."""
-    total = torch.zeros((len(positions), rows.shape[1]), dtype=rows.dtype)
+    total = rows.new_zeros((len(positions), rows.shape[1]))
     for lane in range(positions.shape[1]):
         here = (positions[:, lane] >= 0).nonzero()[:, 0]
         total[here] += rows[positions[here, lane].long()]

@@ -90,7 +90,10 @@ class EPHandle:
             num_sms=num_sms,
             topk_idx=topk_idx,
             num_recv_tokens_per_expert_list=aligned.tolist() if is_synced else [],
-            psum_num_recv_tokens_per_scaleup_rank=torch.tensor(inner.totals).cumsum(0).int(),
+            psum_num_recv_tokens_per_scaleup_rank=torch.tensor(inner.totals)
+            .cumsum(0)
+            .int()
+            .to(counts.device),
             psum_num_recv_tokens_per_expert=psum.int(),
             num_unaligned_recv_tokens_per_expert=counts.int() if do_expand else None,
             recv_src_metadata=_metadata_of(routes, max_tokens, do_expand, num_rows),
@@ -138,13 +141,14 @@ def _sources(routes: Routes, max_tokens: int) -> Tensor:
     """[N] int64: source rank · M + source token, ascending."""
     totals = torch.tensor(routes.compact.totals)
     rank = torch.repeat_interleave(torch.arange(len(totals)), totals)
-    return rank * max_tokens + routes.compact.recv_tokens.long()
+    tokens = routes.compact.recv_tokens.long()
+    return rank.to(tokens.device) * max_tokens + tokens
 
 
 def _metadata_of(routes: Routes, max_tokens: int, expand: bool, num_rows: int) -> Tensor:
-    topk = routes.compact.topk
-    found = torch.full((num_rows, 2 + topk), -1, dtype=torch.int32)
-    lanes = torch.where(routes.topk_idx >= 0, torch.arange(topk), -1)
+    topk, where = routes.compact.topk, routes.topk_idx.device
+    found = torch.full((num_rows, 2 + topk), -1, dtype=torch.int32, device=where)
+    lanes = torch.where(routes.topk_idx >= 0, torch.arange(topk, device=where), -1)
     found[: routes.num_rows, 0] = _sources(routes, max_tokens).int()
     found[: routes.num_rows, 1] = lanes.max(1).values.int()
     if expand:
@@ -153,7 +157,8 @@ def _metadata_of(routes: Routes, max_tokens: int, expand: bool, num_rows: int) -
 
 
 def _slots_of(routes: Routes, topk_idx: Tensor, num_ranks: int) -> Tensor:
-    rows = routes.compact.lane_rows  # [T, R]: hops="rank" has a lane for each rank
+    sent = routes.compact.lane_rows >= 0  # [T, R]: hops="rank" has a lane for each rank
+    rows = sent.cumsum(0) - 1  # over all rounds
     idx = topk_idx.long()
     owner = idx.clamp(min=0) // -(-routes.compact.num_experts // num_ranks)
     return torch.where(idx >= 0, rows.gather(1, owner), -1).int()

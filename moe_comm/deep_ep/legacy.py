@@ -13,8 +13,9 @@ may be used in any order; nothing has to be cleaned in between.
   PeerTimeout.
 - On the CPU a call is done when it returns; events exist and behave. `event.event` is None unless async_finish.
 - CUDA tensors are staged through the host (staging.py); the tables of a normal handle stay there. With
-  MOE_COMM_DEVICE=cuda low-latency calls are kernels instead (kernel_exchange.py): nothing waits for the host, and they
-  can be captured in a graph once a call of their sizes was made; with enable_shrink they are staged, too.
+  MOE_COMM_DEVICE=cuda calls are kernels instead (kernel_exchange.py). In normal mode the host asks for counts only, as
+  it must return them; low-latency calls wait for nothing, and can be captured in a graph once a call of their sizes
+  was made; with enable_shrink they are staged, too.
 - With enable_shrink, low-latency calls go on without a rank that is lost or late (MOE_COMM_TIMEOUT_S,
   MOE_COMM_SILENCE_S): a warning is logged, its mask is 1, it has no tokens, tokens for its experts are dropped, and
   what it owed is left out of sums. Normal mode has no masks, as in DeepEP: there, a lost peer ends the Buffer.
@@ -118,7 +119,8 @@ class Buffer:
         }  # fmt: skip
         found = survey(self._group, WindowConfig.resolve().ranks_per_node, agreed)
         hops = "rank" if found.topology.num_nodes == 1 else "node"
-        self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops, device="")
+        self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops)
+        self._where = self.runtime.device if self.runtime.kernels is not None else None
         # Ranks that are masked cannot be waited for by kernels.
         device = "" if self.enable_shrink else WindowConfig.resolve().device
         self._low_latency = LowLatency(self.runtime, self.enable_shrink, device)
@@ -222,7 +224,7 @@ class Buffer:
 
     # --- normal mode -----------------------------------------------------------------------------
 
-    @staged("topk_idx", order=wait_for_event)
+    @staged("topk_idx", order=wait_for_event, where=lambda self: self._where)
     def get_dispatch_layout(
         self,
         topk_idx: Tensor,
@@ -241,7 +243,7 @@ class Buffer:
         wait_for_event(previous_event)
         return (*normal.layout_of(buffer, topk_idx, num_experts), _event(async_finish))
 
-    @staged("x", keeps=(4,), order=wait_for_event)
+    @staged("x", keeps=(4,), order=wait_for_event, where=lambda self: self._where)
     def dispatch(
         self,
         x: Any,
@@ -292,7 +294,7 @@ class Buffer:
 
     internode_dispatch = dispatch
 
-    @staged("x", order=wait_for_event)
+    @staged("x", order=wait_for_event, where=lambda self: self._where)
     def combine(
         self,
         x: Tensor,

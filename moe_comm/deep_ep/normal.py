@@ -7,9 +7,13 @@ NOTE [handle] A tuple of ten tensors and nothing else, because clients put it th
 
     0       rank_prefix_matrix int32 [R, R]: rows that ranks 0…i sent to rank j, inclusive. Only this rank's column is
             known here; the others are −1.
-    1 … 5   moe_comm's own (`Handle.to_tensors`): numbers, lane_rows, recv_tokens, positions, forward_tokens
+    1 … 5   moe_comm's own (`Handle.to_tensors`): numbers (on the host; last the rows of recv_x, padding included),
+            lane_rows, recv_tokens, positions, forward_tokens
     6 = −4  recv_gbl_rank_prefix_sum int32 [R]: that column
-    7 … 9   forward_rows, tokens_per_expert, and int64: the rows of recv_x, padding included, then `Handle.told`
+    7 … 9   forward_rows, tokens_per_expert, `Handle.told`
+
+By kernels (MOE_COMM_DEVICE) the Buffer's calls take as many rounds as they need (kernel_rounds.py); the host asks for
+the counts of each, as it must return them.
 """
 
 from typing import Any
@@ -32,21 +36,28 @@ def layout_of(buffer: Buffer, topk_idx: Tensor, num_experts: int) -> Layout:
     """Local. Returns num_tokens_per_rank int32 [R], num_tokens_per_node int32 [N] (None for one node),
     num_tokens_per_expert int32 [E], is_token_in_rank bool [T, R]; a token counts once per rank and node.
 
-    Raises: ArgumentError for ids out of [-1, num_experts).
+    Raises: ArgumentError for ids out of [-1, num_experts); those of a device are counted for nobody, and found by the
+    dispatch, as the host does not wait here.
     """
     idx = check_topk_idx(topk_idx)
     if not (isinstance(num_experts, int) and num_experts >= 1):
         raise wrong("num_experts", "an int >= 1", num_experts)
-    if idx.numel() and not (int(idx.min()) >= -1 and int(idx.max()) < num_experts):
+    if idx.is_cpu and idx.numel() and not (int(idx.min()) >= -1 and int(idx.max()) < num_experts):
         found = Found(f"{int(idx.min())} … {int(idx.max())}")
         raise wrong("topk_idx", f"ids in [-1, {num_experts})", found)
     num_tokens, num_ranks = idx.shape[0], buffer.num_ranks
-    owner = torch.where(idx < 0, num_ranks, idx // -(-num_experts // num_ranks))
+    valid = (idx >= 0) & (idx < num_experts)
+    owner = torch.where(valid, idx // -(-num_experts // num_ranks), num_ranks)
     in_rank = _marks(owner, num_ranks)
-    per_expert = torch.bincount(idx[idx >= 0], minlength=num_experts)
+    counts = idx.new_zeros(num_experts + 1)
+    counts.scatter_add_(
+        0, torch.where(valid, idx, num_experts).view(-1), torch.ones_like(idx).view(-1)
+    )
+    per_expert = counts[:num_experts]
     per_node = None
     if buffer.topology.num_nodes > 1:
-        nodes = torch.tensor([*buffer.topology.node_of, buffer.topology.num_nodes])
+        node_of = [*buffer.topology.node_of, buffer.topology.num_nodes]
+        nodes = torch.tensor(node_of).to(idx.device)
         per_node = _marks(nodes[owner], buffer.topology.num_nodes).sum(0).int()
     assert in_rank.shape == (num_tokens, num_ranks)
     return in_rank.sum(0).int(), per_node, per_expert.int(), in_rank
@@ -54,7 +65,7 @@ def layout_of(buffer: Buffer, topk_idx: Tensor, num_experts: int) -> Layout:
 
 def _marks(owner: Tensor, num_owners: int) -> Tensor:
     """bool [T, num_owners]: which of them `owner` [T, K] names; `num_owners` is nobody."""
-    marks = torch.zeros((owner.shape[0], num_owners + 1), dtype=torch.bool)
+    marks = owner.new_zeros((owner.shape[0], num_owners + 1), dtype=torch.bool)
     return marks.scatter_(1, owner, True)[:, :num_owners].contiguous()
 
 
@@ -157,7 +168,7 @@ def _check_layout(buffer: Buffer, payload: Any, layout: tuple[Any, Any, Any]) ->
 
 def _lane_per_rank(is_token_in_rank: Tensor) -> Tensor:
     """Routing without top-k: as if each rank were one expert, lane r that of rank r. int64 [T, R]."""
-    ranks = torch.arange(is_token_in_rank.shape[1])
+    ranks = torch.arange(is_token_in_rank.shape[1], device=is_token_in_rank.device)
     return torch.where(is_token_in_rank.bool(), ranks, -1)
 
 
@@ -165,10 +176,12 @@ def _exchange_counts(buffer: Buffer, num_tokens_per_expert: Tensor) -> list[int]
     """Without top-k nothing that travels says which experts are meant: one row of counts to each rank does."""
     num_ranks, num_experts = buffer.num_ranks, len(num_tokens_per_expert)
     width = -(-num_experts // num_ranks)
-    counts = torch.zeros(num_ranks * width, dtype=torch.int32)
+    where = buffer.device
+    counts = torch.zeros(num_ranks * width, dtype=torch.int32, device=where)
     counts[:num_experts] = num_tokens_per_expert
     rows = torch.nn.functional.pad(counts.view(num_ranks, width), (0, -width % 4))
-    got = buffer.dispatch(rows, torch.arange(num_ranks)[:, None], num_experts=num_ranks)
+    ranks = torch.arange(num_ranks, device=where)[:, None]
+    got = buffer.dispatch(rows, ranks, num_experts=num_ranks)
     first = buffer.rank * width
     owned = max(0, min(width, num_experts - first))
     return got.x.sum(0)[:owned].tolist()
@@ -244,11 +257,12 @@ def pack_handle(handle: Handle, rows: int) -> tuple[Tensor, ...]:
         handle.to_tensors()
     )
     prefix = torch.tensor(handle.totals, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    matrix = torch.full((len(prefix), len(prefix)), -1, dtype=torch.int32)
+    prefix = prefix.to(lane_rows.device)
+    matrix = prefix.new_full((len(prefix), len(prefix)), -1)
     matrix[:, handle.rank] = prefix
+    numbers = torch.cat([numbers, numbers.new_tensor([rows])])
     return (
-        matrix, numbers, lane_rows, recv_tokens, positions, forward_tokens, prefix, forward_rows, counts,
-        torch.cat([told.new_tensor([rows]), told]),
+        matrix, numbers, lane_rows, recv_tokens, positions, forward_tokens, prefix, forward_rows, counts, told,
     )  # fmt: skip
 
 
@@ -261,5 +275,4 @@ def unpack_handle(handle: Any) -> tuple[Handle, int]:
     ):
         found = Found(f"{len(handle)} things") if isinstance(handle, (tuple, list)) else handle
         raise wrong("handle", "that of Buffer.dispatch", Found(describe(found)))
-    rows = handle[9]
-    return Handle.from_tensors([*handle[1:6], handle[7], handle[8], rows[1:]]), int(rows[0])
+    return Handle.from_tensors([*handle[1:6], *handle[7:]]), int(handle[1][-1])

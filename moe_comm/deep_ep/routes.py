@@ -82,7 +82,7 @@ class Routes:
             return rows, torch.where(self.topk_idx >= 0, lanes, 0.0)
         row, lane = (self.expanded.positions >= 0).nonzero(as_tuple=True)
         place = self.expanded.positions[row, lane].long()
-        placed = torch.zeros(self.num_places)
+        placed = lanes.new_zeros(self.num_places)
         placed[place] = lanes[place, lane]
         return rows, placed
 
@@ -90,7 +90,9 @@ class Routes:
 def check_again(x: Any, weights: Any, handle: Handle) -> None:
     """Raises ArgumentError unless `dispatch_again` can send these."""
     shape = (handle.num_tokens, handle.topk)
-    check_rows("x", x[0] if isinstance(x, (tuple, list)) and x else x)
+    check_rows(
+        "x", x[0] if isinstance(x, (tuple, list)) and x else x, where=handle.lane_rows.device
+    )
     if weights is None:
         return
     if not (isinstance(weights, Tensor) and weights.is_floating_point() and weights.shape == shape):
@@ -117,21 +119,23 @@ def places_of(ids: Tensor, counts: Tensor, alignment: int) -> tuple[Tensor, int]
     order = torch.argsort(expert, stable=True)
     expert = expert[order]
     starts = sizes.cumsum(0) - sizes - (counts.cumsum(0) - counts)
-    positions = torch.full(ids.shape, -1, dtype=torch.int32)
-    positions[row[order], lane[order]] = (starts[expert] + torch.arange(len(expert))).int()
+    positions = torch.full(ids.shape, -1, dtype=torch.int32, device=ids.device)
+    numbers = torch.arange(len(expert), device=ids.device)
+    positions[row[order], lane[order]] = (starts[expert] + numbers).int()
     return positions, int(sizes.sum())
 
 
 def _ids_of(positions: Tensor, expert_of_place: Tensor) -> Tensor:
     if not len(expert_of_place):
-        return torch.full(positions.shape, -1, dtype=torch.int64)
+        return torch.full(positions.shape, -1, dtype=torch.int64, device=positions.device)
     return torch.where(positions >= 0, expert_of_place[positions.clamp(min=0).long()], -1)
 
 
 def _compact(handle: Handle) -> Handle:
     rows = handle.num_recv_rows
+    none = no_rows(handle.topk, handle.positions.device)
     return dataclasses.replace(
-        handle, layout="rank", num_places=rows, place_shape=(rows,), positions=no_rows(handle.topk)
+        handle, layout="rank", num_places=rows, place_shape=(rows,), positions=none
     )
 
 

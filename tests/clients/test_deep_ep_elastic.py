@@ -1,5 +1,7 @@
 """deep_ep.ElasticBuffer in real processes over gloo: DeepEP 2's contract against plain torch, bit for bit."""
 
+import os
+
 import pytest
 import torch
 from deep_ep_oracle import dispatched, make_case, open_gloo, same
@@ -59,6 +61,7 @@ def up(value, multiple):
 
 def check_compact(rank, group, num_ranks, store):
     buffer = open_buffer(rank, num_ranks, store)
+    assert (buffer.runtime.kernels is not None) == bool(os.environ.get("MOE_COMM_DEVICE"))
     for alignment, num_experts in ((1, EXPERTS), (8, EXPERTS), (4, 7)):
         case = case_of(num_ranks, seed=alignment, num_experts=num_experts)
         want = dispatched(case)

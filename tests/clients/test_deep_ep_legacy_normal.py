@@ -1,11 +1,14 @@
 """deep_ep.Buffer, normal mode, in real processes over gloo: the contract against plain torch, bit for bit."""
 
+import os
+
 import pytest
 import torch
 from deep_ep_oracle import combined, dispatched, layout, make_case, open_gloo, same
 
 import moe_comm
 from moe_comm import deep_ep
+from moe_comm.deep_ep import normal
 
 WORLDS = [(2, 0), (4, 0), (4, 2), (4, 1)]  # ranks, ranks per pretended node
 
@@ -55,12 +58,22 @@ def random_like(rows, seed):
 
 def check_layout(rank, group, num_ranks, store, node_of):
     buffer = deep_ep.Buffer(open_gloo(rank, num_ranks, store), int(1e9), 0)
+    assert (buffer.runtime.kernels is not None) == bool(os.environ.get("MOE_COMM_DEVICE"))
     for num_experts, topk in ((8, 3), (5, 5), (num_ranks, 1)):
         case = make_case(tokens_of(num_ranks), num_experts=num_experts, topk=topk)
         *got, event = buffer.get_dispatch_layout(case.idx[rank], num_experts)
         for mine, want in zip(got, layout(case, rank, node_of), strict=True):
             assert (mine is None and want is None) or same(mine, want)
         assert event.event is None
+        # Of a device, without asking it for numbers: "meta" has none.
+        for mine, want in zip(
+            normal.layout_of(buffer.runtime, case.idx[rank].to("meta"), num_experts),
+            got,
+            strict=True,
+        ):
+            assert mine is want is None or (
+                mine.device.type == "meta" and mine.shape == want.shape and mine.dtype == want.dtype
+            )
     with pytest.raises(moe_comm.ArgumentError, match="topk_idx: expected ids in"):
         buffer.get_dispatch_layout(torch.tensor([[8]]), 8)
     with pytest.raises(moe_comm.ArgumentError, match="topk_idx: expected int64"):

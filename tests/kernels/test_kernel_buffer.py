@@ -15,6 +15,7 @@ from host_device import run_on_host
 import moe_comm
 from moe_comm import (
     ArgumentError,
+    PeerError,
     PeerLost,
     PeerTimeout,
     TransportError,
@@ -382,6 +383,49 @@ def _refused(rank, group, library):
 
 def test_refused(run_ranks, library):
     run_ranks(_refused, 2, library._name)
+
+
+def _no_memory(rank, group, library, options, where):
+    """Rank 1 has none for what it receives: it says so, the others have theirs, and the next call works."""
+    run_on_host(library)
+    case = make_case(2, tokens=[9, 4], layout="expert", num_experts=8)
+    with moe_comm.Buffer(group, device="cpu", timeout_s=10, **options, **SIZES) as buffer:
+        want = expected(case)
+        got = dispatch(buffer, case, rank)
+        exchange, calls = buffer.kernels, []
+
+        def new(shape, dtype):
+            calls.append((shape, dtype))
+            if rank == 1 and len(shape) == 2 and dtype in (torch.bfloat16, torch.uint8):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+            return type(exchange).new(exchange, shape, dtype)
+
+        call = {
+            "dispatch": lambda: dispatch(buffer, case, rank), "combine": lambda: buffer.combine(got.x, got.handle),
+            "again": lambda: buffer.dispatch(case.xs[rank], handle=got.handle, layout="expert"),
+        }[where]  # fmt: skip
+        exchange.new = new
+        if rank == 1:
+            text = "CUDA out of memory. Tried to allocate 7 GiB"
+            with pytest.raises(ArgumentError, match=text):
+                call()
+        else:
+            try:
+                call()
+            except PeerError as error:  # found before rank 1 sent
+                assert "out of memory" in str(error) and not options.get("max_tokens")
+        del exchange.new
+        assert calls
+        for _ in range(3):
+            check_dispatched(dispatch(buffer, case, rank), want, rank)
+
+
+@pytest.mark.parametrize("where", ["dispatch", "combine", "again"])
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 10}, {"window_bytes": 2 * 2 * 2 * 3 * 160}], ids=["one", "rounds"]
+)
+def test_no_memory(run_ranks, library, options, where):
+    run_ranks(_no_memory, 2, library._name, options, where)
 
 
 def _one_has_no_driver(rank, group, library):
