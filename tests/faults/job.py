@@ -253,11 +253,20 @@ def rdma_objects(kind, pid=None):
 
 def limit_unsent(num_bytes):
     """What the sockets of this process take before their peers read: the rest of a message stays in its memory."""
+    limit_sockets(socket.SO_SNDBUF, num_bytes)
+
+
+def limit_unread(num_bytes):
+    """What they take before this process reads; else it may be a whole message, as they grow with what is read."""
+    limit_sockets(socket.SO_RCVBUF, num_bytes)
+
+
+def limit_sockets(option, num_bytes):
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 with socket.socket(fileno=os.dup(int(name))) as found:
-                    found.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, num_bytes)
+                    found.setsockopt(socket.SOL_SOCKET, option, num_bytes)
 
 
 def state_of(pid):

@@ -27,6 +27,7 @@ from job import (
     SMALL,
     VICTIM,
     Job,
+    limit_unread,
     limit_unsent,
 )  # first: it knows where cases.py is
 
@@ -78,6 +79,8 @@ def job_of_large_message(rank, group, *shape, message_s=4.0, **options):
     job = Job(rank, group, *shape, tokens=tuple(tokens), hidden=8192, **options)
     if rank == VICTIM and backend.startswith("fabric:tcp"):
         limit_unsent(4096)
+    if rank == READER and backend.startswith("fabric:tcp"):
+        limit_unread(1 << 18)
     if rank == VICTIM and backend == "verbs":
         slow_wire(message_s)
     return job
@@ -159,30 +162,39 @@ def wait_for_full_sockets():
         before = now
 
 
+def wait_for_a_part(job, segment, epoch):
+    """Rank 0, for all."""
+    deadline = time.monotonic() + 10 * SLOWNESS
+    while job.rank == 0 and not arrived_in_part(job, segment, epoch):
+        assert time.monotonic() < deadline, "nothing of it came"
+        time.sleep(0.01)
+
+
 def meet_in_the_middle(job, segment, epoch, sig):
     """Before the call of all but rank 3: it is sent `sig` when a part of its message to rank 1 is there.
 
-    tcp: rank 1 reads nothing, until its sockets are full and the signal was sent. verbs: the wire is slow.
+    tcp: rank 1 reads nothing, until its sockets are full and rank 3 is stopped: then it reads what is on the way, which
+    the end of a connection would discard, now and then. verbs: the wire is slow.
     """
     if job.backend == "verbs":
-        deadline = time.monotonic() + 10 * SLOWNESS
-        while job.rank == 0 and not arrived_in_part(job, segment, epoch):
-            assert time.monotonic() < deadline, "nothing of it came"
-            time.sleep(0.01)
+        wait_for_a_part(job, segment, epoch)
     elif job.rank == READER:
         job.stop_here()
     elif job.rank == 0:
         job.wait_for_state(READER, "T")
         wait_for_full_sockets()
     if job.rank == 0:
+        if job.backend != "verbs":
+            os.kill(job.pids[VICTIM], signal.SIGSTOP)
+            job.wait_for_state(VICTIM, "T")
+            os.kill(job.pids[READER], signal.SIGCONT)
+            wait_for_a_part(job, segment, epoch)
         os.kill(job.pids[VICTIM], sig)
         job.group.store.set("signalled", str(time.monotonic()))
         if job.backend == "verbs" and sig == signal.SIGKILL:
             job.wait_until_closing(VICTIM)
             mend_wire()
         job.wait_for_state(VICTIM, "Z" if sig == signal.SIGKILL else "T")
-        if job.backend != "verbs":
-            os.kill(job.pids[READER], signal.SIGCONT)
 
 
 def killed_during(rank, group, *shape):
