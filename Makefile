@@ -42,7 +42,7 @@ THROUGH_APART := $(addprefix tests/ep/test_,$(addsuffix .py,exchange hooks handl
 THROUGH_ROUNDS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes handles wrong_input generations))
 # deep_ep's calls by kernels, and what makes them.
 DEEP_EP := $(addprefix tests/clients/test_deep_ep_,$(addsuffix .py,legacy_normal legacy_low_latency legacy_limits elastic \
-    wrong_input))
+    hybrid wrong_input))
 DEEP_EP_CLIENTS := tests/clients/test_integration_sglang.py tests/clients/test_integration_vllm.py \
     $(addprefix tests/clients/test_deep_ep_legacy_,$(addsuffix .py,clients megatron megatron_core))
 BY_KERNELS = PYTEST_ADDOPTS= MOE_COMM_DEVICE=cpu $(PYTEST) -q -ra --maxfail=5 --through kernels

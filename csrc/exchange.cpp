@@ -177,8 +177,15 @@ void Exchange::start() {
   if (shape_.hops_node && shape_.num_nodes > 1) forwarder_ = std::thread([this] { forwarder(); });
 }
 
+// NOTE [late writes] A peer that was given up may go on with a write it had begun. Its NIC or our
+// kernel turns away what comes for memory that is no longer registered; libfabric over tcp looks
+// once, when a message begins, and copies the rest of it to where the window was (seen: SIGSEGV
+// after a recovery). So those addresses stay good unless all said goodbye, which drains.
 Exchange::~Exchange() {
   (void)close(0);
+  bool late = false;
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r)
+    late |= links_[r].present && (beat_of(r) & 15u) != kClosed;
   for (const uint32_t wait : waits_) engine_.proxy().close_channel(wait);
   for (const Link& link : links_) {
     if (link.present) {
@@ -194,6 +201,7 @@ Exchange::~Exchange() {
     if (link.present) engine_.proxy().disconnect(link.engine_peer);
   }
   engine_.proxy().run([this] { region_ = window_region_ = MemoryRegion{}; });
+  if (late) segment_.retire();
 }
 
 // What others still need of us has left before we say goodbye: rows to forward, sums to pass on,

@@ -61,6 +61,20 @@ Mapping::~Mapping() {
   munmap(address_, num_bytes_);
 }
 
+void Mapping::retire() {
+  if (!address_) return;
+  forget_segment(address_);
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(address_, num_bytes_, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) return;
+  madvise(address_, num_bytes_, MADV_DONTFORK);
+  address_ = nullptr;
+}
+
+void SharedSegment::retire() {
+  mapping_.retire();
+  fd_.reset();
+}
+
 Result<SharedSegment> SharedSegment::create(const std::string& label, size_t num_bytes) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   num_bytes = (std::max<size_t>(num_bytes, 1) + page - 1) / page * page;

@@ -47,6 +47,9 @@ class Mapping {  // owns one mmap
   std::byte* data() const { return static_cast<std::byte*>(address_); }
   size_t size() const { return num_bytes_; }
   std::span<std::byte> bytes() const { return {data(), num_bytes_}; }
+  // The addresses stay good for as long as the process lives, for memory that nobody has; what was
+  // mapped is not.
+  void retire();
 
  private:
   void* address_ = nullptr;
@@ -68,6 +71,7 @@ class SharedSegment {  // mine (create) or a peer's (open); mapped read-write
   const SegmentName& name() const { return name_; }
   std::span<std::byte> bytes() const { return mapping_.bytes(); }
   std::byte* data() const { return mapping_.data(); }
+  void retire();  // gone, but for its addresses: Mapping::retire
 
  private:
   SegmentName name_;

@@ -126,14 +126,15 @@ def staged(
     fills: tuple[str, ...] = (),
     updates: tuple[str, ...] = (),
     keeps: tuple[int, ...] = (),
+    either: tuple[str, ...] = (),
     order: Callable[[Any], None] | None = None,
     where: Callable[[Any], Any] = lambda self: getattr(self, "device", None),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Lets a method of an object with a `runtime` (a Buffer) or `timeouts` take CUDA tensors.
 
     first: its first argument's name. fills, updates: tensors it writes; `updates` are read, too. keeps: which of a
-    tuple of results stay on the host. order: orders the current stream behind an argument called previous_event….
-    where: the device whose tensors the method takes as they are.
+    tuple of results stay on the host. either: arguments that may be on the host as well. order: orders the current
+    stream behind an argument called previous_event…. where: the device whose tensors the method takes as they are.
     """
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +149,7 @@ def staged(
             bound = signature.bind(self, *args, **kwargs)
             stage = _Stage(device)
             try:
-                stage.take_all(self, bound.arguments, first, fills, updates, order)
+                stage.take_all(self, bound.arguments, first, fills, updates, either, order)
             except _Refused as problem:
                 bound.arguments[first] = Found(f"one on {device}, but {problem}")
             with memory.allocated_by(stage.copies.new_host):
@@ -180,6 +181,7 @@ class _Stage:
         first: str,
         fills: tuple[str, ...],
         updates: tuple[str, ...],
+        either: tuple[str, ...],
         order: Callable[[Any], None] | None,
     ) -> None:
         """Puts host tensors in the place of the device's, and waits for their bytes."""
@@ -194,6 +196,8 @@ class _Stage:
         try:
             for name in names:
                 value = arguments[name]
+                if name in either and isinstance(value, Tensor) and value.is_cpu:
+                    continue
                 host = arguments[name] = self._take(name, value, copied=name not in fills)
                 if name in fills + updates:
                     self._pair(host, value)

@@ -1,4 +1,4 @@
-"""HybridEPBuffer: DeepEP's interface of the branch hybrid-ep (routing maps, rows permuted to experts), on CPU tensors.
+"""HybridEPBuffer: DeepEP's interface of the branch hybrid-ep (routing maps, rows permuted to experts).
 
 One `moe_comm.Buffer`, hops="node". A routing map [T, E] becomes top-k ids, an expert's lane being its turn among the
 token's; how many lanes there are is the maximum over all ranks, which one small exchange before the dispatch finds (not
@@ -7,6 +7,9 @@ are those of `moe_comm.Buffer.combine`: a rank's copies by expert, the ranks of 
 
 Numbers of SMs and blocks, kernel caches, fused forms and host metadata are kept and do nothing; windows serve calls of
 any size in rounds, so nothing has to grow. Any dtype; any hidden size of a multiple of 16 bytes.
+
+CUDA tensors are staged through the host (staging.py); the tensors of a handle stay there. With MOE_COMM_DEVICE=cuda
+calls are kernels instead (kernel_rounds.py), and all tensors are on the GPU; the host asks for counts in any case.
 """
 
 import dataclasses
@@ -22,6 +25,7 @@ from ..dispatch import COMBINE, DISPATCH
 from ..errors import ArgumentError
 from ..group import EPGroup
 from ..layout import RowFormat
+from ..staging import staged
 from .normal import check_topk_idx
 from .refuse import or_refuse, or_tell
 from .routes import Routes, check_again
@@ -157,12 +161,12 @@ class HybridEPBuffer:
         budget = WindowConfig.resolve().window_bytes
         self.runtime = core.Buffer(
             self._group,
-            device="",
             hidden=hidden_dim,
             topk=USUAL_TOPK,
             num_experts=num_ranks * num_local_experts,
             window_bytes=min(budget, 6 * num_ranks * tokens * row.row_bytes),
         )
+        self._where = self.runtime.device if self.runtime.kernels is not None else None
         topology = self.runtime.topology
         self.configurer = Configurer(
             BufferConfig(
@@ -198,6 +202,12 @@ class HybridEPBuffer:
 
     # --- rows as they came -----------------------------------------------------------------------
 
+    @staged(
+        "hidden",
+        keeps=(3,),
+        either=("num_dispatched_tokens_tensor",),
+        where=lambda self: self._where,
+    )
     def dispatch(
         self,
         hidden: Tensor,
@@ -238,6 +248,7 @@ class HybridEPBuffer:
             )
         return rows, dense, scales, DispatchHandle(*_tables(config), len(hidden), config)
 
+    @staged("hidden", where=lambda self: self._where)
     def combine(
         self, hidden: Tensor, probs: Tensor | None = None, handle: tuple | None = None
     ) -> tuple[Tensor, Tensor | None]:
@@ -261,6 +272,7 @@ class HybridEPBuffer:
 
     # --- rows by expert --------------------------------------------------------------------------
 
+    @staged("hidden", keeps=(4,), either=("num_permuted_tokens",), where=lambda self: self._where)
     def dispatch_with_permute(
         self,
         *,
@@ -327,7 +339,7 @@ class HybridEPBuffer:
         counts = routes.tokens_per_expert
         ends = ((counts + alignment - 1) // alignment * alignment).cumsum(0).clamp(max=limit)
         padded = torch.diff(ends, prepend=ends.new_zeros(1))
-        totals = torch.tensor(routes.compact.totals)
+        totals = torch.tensor(routes.compact.totals).to(counts.device)
         made = PermuteHandle(
             *_tables(config),
             totals.cumsum(0).int(),
@@ -335,10 +347,11 @@ class HybridEPBuffer:
             counts,
             len(hidden),
             config,
-            torch.tensor([int(dropped)], dtype=torch.int32),
+            torch.tensor([int(dropped)], dtype=torch.int32).to(counts.device),
         )
         return rows, weights, scales, padded, made
 
+    @staged("hidden", where=lambda self: self._where)
     def combine_with_unpermute(
         self,
         *,
@@ -435,7 +448,7 @@ class HybridEPBuffer:
             lanes = here.cumsum(1) - 1
             mine = int(lanes.max()) + 1 if len(here) else 0
         topk = max(1, self._largest(mine))
-        idx = torch.full((len(here), topk), -1, dtype=torch.int64)
+        idx = torch.full((len(here), topk), -1, dtype=torch.int64, device=here.device)
         token, expert = here.nonzero(as_tuple=True)
         idx[token, lanes[token, expert]] = expert
         weights = None if probs is None else _picked(probs.detach().float(), idx)
@@ -443,8 +456,9 @@ class HybridEPBuffer:
 
     def _largest(self, value: int) -> int:
         """The maximum over the ranks, by one row from each to each."""
-        row = torch.full((1, 4), value, dtype=torch.int32)
-        everyone = torch.arange(self.group_size)[None]
+        where = self.runtime.device
+        row = torch.full((1, 4), value, dtype=torch.int32, device=where)
+        everyone = torch.arange(self.group_size, device=where)[None]
         return int(self.runtime.dispatch(row, everyone, num_experts=self.group_size).x.max())
 
     @staticmethod
@@ -492,7 +506,7 @@ def _tables(config: HybridEPConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
         inner.lane_rows,
         inner.forward_rows,
         inner.forward_tokens,
-        torch.tensor([routes.num_rows], dtype=torch.int32),
+        torch.tensor([routes.num_rows], dtype=torch.int32).to(inner.lane_rows.device),
         _dense_map(routes.topk_idx, (routes.num_rows, num_local)),
     )
 
@@ -500,7 +514,7 @@ def _tables(config: HybridEPConfig) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 def _dense_map(ids: Tensor, shape: tuple[int, int]) -> Tensor:
     """bool `shape`: which ids [n, K] (−1: none) each row has."""
     row, lane = (ids >= 0).nonzero(as_tuple=True)
-    out = torch.zeros(shape, dtype=torch.bool)
+    out = torch.zeros(shape, dtype=torch.bool, device=ids.device)
     out[row, ids[row, lane].long()] = True
     return out
 
@@ -508,7 +522,7 @@ def _dense_map(ids: Tensor, shape: tuple[int, int]) -> Tensor:
 def _dense(values: Tensor, ids: Tensor, shape: tuple[int, int]) -> Tensor:
     """float32 `shape`: each of `values` [n, K] in the column that `ids` [n, K] names (−1: none)."""
     row, lane = (ids >= 0).nonzero(as_tuple=True)
-    out = torch.zeros(shape)
+    out = torch.zeros(shape, device=ids.device)
     out[row, ids[row, lane].long()] = values[row, lane].float()
     return out
 

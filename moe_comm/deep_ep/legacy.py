@@ -200,11 +200,11 @@ class Buffer:
         Returns it flat from element `offset` on, or its first elements as `size`. No window: what a client writes
         here, zeros too, changes nothing that travels. Raises: ArgumentError if `size` does not fit.
         """
-        self._check_alive()
+        where = self._check_alive().device
         key = bool(use_rdma_buffer)
         if key not in self._scratch:
             num_bytes = self.num_rdma_bytes if key else self.num_nvl_bytes
-            self._scratch[key] = torch.zeros(num_bytes, dtype=torch.int8)
+            self._scratch[key] = torch.zeros(num_bytes, dtype=torch.int8, device=where)
         raw = self._scratch[key]
         flat = raw[: len(raw) // dtype.itemsize * dtype.itemsize].view(dtype)
         if not 0 <= offset <= len(flat):

@@ -357,6 +357,25 @@ void a_ring_that_stays_full_is_a_fault() {
         "pushed behind a lost slot: nobody will ever take it");
 }
 
+// What a peer that was given up still writes finds memory, which nobody has.
+void a_retired_segment_leaves_its_addresses() {
+  constexpr size_t kBytes = 1 << 20;
+  std::byte* address = nullptr;
+  SegmentName name;
+  {
+    auto segment = value_of(SharedSegment::create("test", kBytes));
+    address = segment.data();
+    name = segment.name();
+    address[kBytes - 1] = std::byte{7};
+    CHECK(SharedSegment::open(name).ok());
+    segment.retire();
+    CHECK(!SharedSegment::open(name).ok(), "its memory is gone");
+    CHECK(!find_segment({address, 1}).ok());
+  }
+  CHECK(address[kBytes - 1] == std::byte{0});
+  std::memset(address, 1, kBytes);  // or this ends the process
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -373,5 +392,6 @@ int main(int argc, char** argv) {
        {"a_lost_peer_stays_lost", a_lost_peer_stays_lost},
        {"an_invalid_command_is_a_fault", an_invalid_command_is_a_fault},
        {"whatever_is_left_ends_with_the_proxy", whatever_is_left_ends_with_the_proxy},
-       {"a_ring_that_stays_full_is_a_fault", a_ring_that_stays_full_is_a_fault}});
+       {"a_ring_that_stays_full_is_a_fault", a_ring_that_stays_full_is_a_fault},
+       {"a_retired_segment_leaves_its_addresses", a_retired_segment_leaves_its_addresses}});
 }

@@ -405,6 +405,36 @@ def test_deep_ep_elastic(run_threads, device, expand):
     run_threads(body, R, **OPTIONS)
 
 
+@pytest.mark.parametrize("permute", [False, True])
+def test_deep_ep_hybrid(run_threads, device, permute):
+    case = make_case(R, hidden=128, seed=6, tokens=[9, 5, 16, 0])
+
+    def body(core, rank):
+        buffer = deep_ep.HybridEPBuffer(core.group, 128, 16, 2)
+
+        def call(put, get):
+            x, idx, weights = put(case.xs[rank]), put(case.idx[rank]), put(case.weights[rank])
+            given = {"topk_idx": idx, "topk_weights": weights, "num_of_experts": 8}
+            if permute:
+                most = torch.tensor([70], dtype=torch.int32)  # on the host in any case
+                rows, probs, _, counts, handle = buffer.dispatch_with_permute(
+                    hidden=x, pad_multiple=4, num_permuted_tokens=most, **given
+                )
+                again, *_ = buffer.dispatch_with_permute(hidden=x, handle=handle)
+                out, columns = buffer.combine_with_unpermute(
+                    hidden=rows, probs=probs, handle=handle
+                )
+                return get((rows, probs, counts, again, out, columns))
+            rows, probs, _, handle = buffer.dispatch(x, **given)
+            again, *_ = buffer.dispatch(x, handle=handle)
+            out, columns = buffer.combine(rows, probs, handle)
+            return get((rows, probs, again, out, columns))
+
+        both(device, call)
+
+    run_threads(body, R, **OPTIONS)
+
+
 def test_deep_ep_mixed_devices(run_threads, device):
     case = make_case(R, hidden=128, seed=8, tokens=[9, 5, 16, 4])
 

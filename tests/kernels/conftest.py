@@ -9,10 +9,26 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).resolve().parent
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.append(
     str(Path(__file__).resolve().parents[1] / "unit")
 )  # simulated_exchange, test_kernels
+
+
+ON_A_GPU = {"transport": "shm", "first": 2, "seed": 1}
+"""Of ranks that share a GPU one of each kind, as starting them takes seconds; host threads have them all."""
+
+
+def pytest_collection_modifyitems(items):
+    def is_run(item):
+        params = getattr(item, "callspec", None) and item.callspec.params
+        if not params or item.path.parent != HERE or not item.get_closest_marker("gpu"):
+            return True
+        kept = ON_A_GPU | ({"layout": "expert"} if "rounds" in item.path.name else {})
+        return all(params.get(name, value) == value for name, value in kept.items())
+
+    items[:] = filter(is_run, items)
 
 
 @pytest.fixture(autouse=True)
