@@ -90,11 +90,11 @@ def parts_of(handle: Handle, capacity: int) -> list[Handle]:
 
 def _rounds_of(handle: Handle) -> list[Handle]:
     """As the dispatch had them."""
-    count = num_parts(handle)
-    if count == 1:
-        return [handle]
-    told, num_rows = handle.told.view(count, -1), len(handle.recv_tokens)
+    count, num_rows = num_parts(handle), len(handle.forward_tokens) - len(handle.forward_rows)
     order, link_tokens = handle.forward_tokens[:num_rows], handle.forward_tokens[num_rows:]
+    if count == 1:
+        return [dataclasses.replace(handle, forward_tokens=link_tokens)]
+    told = handle.told.view(count, -1)
     each, parts, first = len(link_tokens) // count, [], 0
     for k, end in enumerate(told[:, 3].cpu().cumsum(0).tolist()):
         rows, links = order[first:end], slice(k * each, (k + 1) * each)
