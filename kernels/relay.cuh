@@ -73,6 +73,12 @@ MOE_COMM_DEVICE inline void pass_on(Block& block, const Arguments& a) {
     if (block.thread() == 0) {
       header.rows = !good ? 0 : a.rows != nullptr ? a.rows[o] : counts[0];
       header.total_rows = counts != nullptr ? counts[0] : 0;
+      // As many rounds as any of them takes, whatever is wrong: its readers hear of no other.
+      for (uint64_t t = first; t < first + a.sources_per_out; ++t) {
+        const auto& from = *reinterpret_cast<const Header*>(a.sources[t]);
+        const bool read = a.verdicts[t] != headers::kDamaged && from.epoch == *a.epoch;
+        if (read && from.rounds > header.rounds) header.rounds = from.rounds;
+      }
       header.counts = counts == nullptr
                           ? 0
                           : headers::digest_of_counts(counts + 1, a.num_counts, a.counts_bytes);

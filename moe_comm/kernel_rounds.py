@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .combine import COMBINE, CombineRequest
-from .dispatch import DISPATCH, Dispatched, DispatchRequest
+from .combine import CombineRequest
+from .dispatch import Dispatched, DispatchRequest
 from .errors import ArgumentError, MismatchError
 from .handle import Handle
 from .kernel_calls import KernelCombine, KernelDispatch
@@ -194,7 +194,6 @@ class RoundOfCombine(KernelCombine):
 class InRounds:
     """As a pending call of one round, to Buffer."""
 
-    kind: int
     whole: Any  # the call as it was asked for: its checks, and what becomes of the rounds; nothing of it is sent
 
     def __init__(self, buffer: Any, request: Any):
@@ -302,7 +301,7 @@ def _range(tensor: Any, first: int, last: int) -> Any:
 class DispatchInRounds(InRounds):
     """Dispatches by rounds."""
 
-    kind, chunk = DISPATCH, 0  # tokens of a round, of a fresh one
+    chunk = 0  # tokens of a round, of a fresh one
 
     def _whole(self) -> RoundOfDispatch:
         return RoundOfDispatch(self.buffer, self.request)
@@ -446,8 +445,6 @@ class DispatchInRounds(InRounds):
 
 class CombineInRounds(InRounds):
     """Combines by the rounds of the handle's dispatch."""
-
-    kind = COMBINE
 
     def _whole(self) -> RoundOfCombine:
         return RoundOfCombine(self.buffer, self.request)

@@ -29,6 +29,7 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -263,6 +264,7 @@ def _who_cannot(answers: list[Any]) -> str:
 # --- the end -------------------------------------------------------------------------------------
 
 _kept: list[tuple[_engine.Exchange, list[int]]] = []
+_lock = threading.Lock()  # ranks may be threads
 
 
 def keep_until_unused(native: _engine.Exchange, near: Iterable[int], timeout_s: float) -> None:
@@ -272,7 +274,8 @@ def keep_until_unused(native: _engine.Exchange, near: Iterable[int], timeout_s: 
     last Buffer of a process was closed. Else a later open or close looks again.
     """
     entry = native, list(near)
-    _kept.append(entry)
+    with _lock:
+        _kept.append(entry)
     end = time.monotonic() + min(timeout_s, UNUSED_S)
     drop_unused()
     while entry in _kept and time.monotonic() < end:
@@ -281,6 +284,8 @@ def keep_until_unused(native: _engine.Exchange, near: Iterable[int], timeout_s: 
 
 
 def _leave_to_parent() -> None:
+    global _lock
+    _lock = threading.Lock()  # a thread of the parent may hold the old one
     for native, _ in _kept:
         _engine.never_destroy(native)
     _kept.clear()
@@ -291,7 +296,10 @@ os.register_at_fork(after_in_child=_leave_to_parent)  # lifetime.py
 
 def drop_unused() -> None:
     """Looks which of those that are kept are unused by now."""
-    _kept[:] = [(native, near) for native, near in _kept if not all(native.lost[r] for r in near)]
+    with _lock:
+        unused = [entry for entry in _kept if all(entry[0].lost[r] for r in entry[1])]
+        _kept[:] = [entry for entry in _kept if entry not in unused]
+    del unused  # here they are destroyed
 
 
 # --- what there is -------------------------------------------------------------------------------

@@ -123,6 +123,27 @@ def test_wrong_input_of_one_rank(run_ranks, library, wrong):
     run_ranks(_wrong, 2, library._name, wrong)
 
 
+def _other_rounds(rank, group, library, wrong):
+    """One rank combines a dispatch of one round, the others one of several: all use as many epochs."""
+    run_on_host(library)
+    long = make_case(4, tokens=TOKENS, num_experts=8)
+    short = make_case(4, tokens=[1, 1, 1, 1], num_experts=8)
+    options = {"device": "cpu", "ranks_per_node": 2, "timeout_s": 10, **SIZES}
+    with moe_comm.Buffer(group, window_bytes=windows_for(4, 4), **options) as buffer:
+        several, one = dispatch(buffer, long, rank), dispatch(buffer, short, rank)
+        for mine, others in ((one, several), (several, one)):
+            got = mine if rank == wrong else others
+            with pytest.raises(MismatchError, match="handle"):
+                buffer.combine(got.x, got.handle)
+            assert len(set(group.gather(buffer.kernels.next_epoch))) == 1
+        check_dispatched(dispatch(buffer, long, rank), expected(long), rank)
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_ranks_that_disagree_on_rounds(run_ranks, library, wrong):
+    run_ranks(_other_rounds, 4, library._name, wrong)
+
+
 def test_captured_calls_are_one_round(cuda):
     """All ranks refuse; eager calls go on."""
     case = make_case(2, layout="expert", tokens=[8, 5])
