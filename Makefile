@@ -36,13 +36,13 @@ install = $(foreach folder,$(1), \
 FAULTS := tests/faults tests/ep/test_faults.py tests/ep/test_generations.py tests/ep/test_generation_soak.py \
     tests/cpp/test_sanitized.py
 THROUGH_KERNELS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes hooks handles wrong_input autograd generations \
-    faults))
+    faults mask))
 # With windows in a (pretended) device's memory; and with a round for every few tokens.
-THROUGH_APART := $(addprefix tests/ep/test_,$(addsuffix .py,exchange hooks handles wrong_input generations faults))
+THROUGH_APART := $(addprefix tests/ep/test_,$(addsuffix .py,exchange hooks handles wrong_input generations faults mask))
 THROUGH_ROUNDS := $(addprefix tests/ep/test_,$(addsuffix .py,exchange lanes handles wrong_input generations))
 # deep_ep's calls by kernels, and what makes them.
-DEEP_EP := $(addprefix tests/clients/test_deep_ep_,$(addsuffix .py,legacy_normal legacy_low_latency legacy_limits elastic \
-    hybrid wrong_input))
+DEEP_EP := $(addprefix tests/clients/test_deep_ep_,$(addsuffix .py,legacy_normal legacy_low_latency legacy_limits legacy_masks \
+    elastic hybrid wrong_input))
 DEEP_EP_CLIENTS := tests/clients/test_integration_sglang.py tests/clients/test_integration_vllm.py \
     $(addprefix tests/clients/test_deep_ep_legacy_,$(addsuffix .py,clients megatron megatron_core))
 BY_KERNELS = PYTEST_ADDOPTS= MOE_COMM_DEVICE=cpu $(PYTEST) -q -ra --maxfail=5 --through kernels

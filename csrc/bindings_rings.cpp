@@ -81,6 +81,7 @@ void bind_kernel_view(py::class_<Exchange>& exchange) {
              d["links"] = view.links;
              d["local"] = view.local;
              d["results"] = view.results;
+             d["masks"] = address_of(view.masks);
              d["credits"] = view.credits;
              d["rows"] = view.rows;
              d["forward"] = view.forward;

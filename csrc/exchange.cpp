@@ -281,8 +281,16 @@ void Exchange::say_failed() {
   }
 }
 
+std::vector<bool> Exchange::absent() const {
+  std::vector<bool> absent = shape_.absent;
+  for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
+    if (word_at(mask_word(r)).load(std::memory_order_acquire) != 0) absent[r] = true;
+  }
+  return absent;
+}
+
 std::vector<bool> Exchange::lost() const {
-  std::vector<bool> lost = shape_.absent;
+  std::vector<bool> lost = absent();
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
     if (r == shape_.rank || lost[r]) continue;
     const uint64_t beat = beat_of(r);
@@ -340,6 +348,10 @@ Counter& Exchange::sent_word(uint64_t epoch, uint32_t rank) {
                                     offsets_.sents)[epoch % kNumBanks * shape_.num_ranks + rank];
 }
 
+Counter& Exchange::mask_word(uint32_t rank) const {
+  return reinterpret_cast<Counter*>(base_ + offsets_.masks)[rank];
+}
+
 Counter& Exchange::beat_word(std::byte* base) const {
   return *reinterpret_cast<Counter*>(base + kBeatAt);
 }
@@ -374,6 +386,7 @@ std::pair<uint32_t, uint32_t> Exchange::range_of_round(const Call& call, uint32_
 void Exchange::mask(uint32_t rank) {
   shape_.absent[rank] = true;
   lane_of_rank_[rank] = -1;
+  word_at(mask_word(rank)).store(1, std::memory_order_release);
 }
 
 // With hops="rank" pairs are independent of each other: one that fails need not end the others.

@@ -43,7 +43,7 @@ bool is_sealed(const Header& header, std::span<const std::byte> counts);
 // The same on every rank. Made by moe_comm/layout.py, which explains them.
 struct WindowOffsets {
   // Into the segment: control words; the doorbell and own beat lie at 0 and 64.
-  uint64_t beats = 0, commits = 0, releases = 0, sents = 0;
+  uint64_t beats = 0, commits = 0, releases = 0, sents = 0, masks = 0;
   // Into the segment, or memory of their own: windows that ranks of the node write; and those that
   // the network writes or reads.
   uint64_t slots = 0;
@@ -184,6 +184,7 @@ struct KernelView {
   std::vector<uint32_t> links, local;          // lanes: by network, and of this node
   std::vector<uint32_t> results;               // ranks, or none
   std::vector<std::span<std::byte>> segments;  // that all those addresses are in
+  Counter* masks = nullptr;                    // [R] not 0: masked since; null: without mask_lost
   // Waits by ExchangeKind: to write, to read, to pass on; and those that are timed, by source.
   std::array<uint32_t, 3> credits{}, rows{}, forward{}, timed_rows{}, timed_forward{};
 };
@@ -241,7 +242,7 @@ class Exchange {
 
   void fail(const Status& status);  // ends the exchange for good: waits end, peers are told
   Status fault() const { return fault_.raised() ? fault_.status() : Status(); }
-  const std::vector<bool>& absent() const { return shape_.absent; }
+  std::vector<bool> absent() const;
   void mask(uint32_t rank);        // between calls; with mask_lost
   std::vector<bool> lost() const;  // [R] ended, or cut off; one that is stopped cannot be told
   Status close(double seconds);    // goodbye: drains, tells the peers
@@ -301,6 +302,7 @@ class Exchange {
   Counter& commit_word(std::byte* base, uint64_t epoch, uint32_t index) const;
   Counter& release_word(std::byte* base, uint64_t epoch, uint32_t rank) const;
   Counter& sent_word(uint64_t epoch, uint32_t rank);
+  Counter& mask_word(uint32_t rank) const;  // for kernels, whose waits set it, too
   Counter& beat_word(std::byte* base) const;
   uint64_t beat_of(uint32_t rank) const;
   uint64_t blamed_by(uint32_t rank) const;

@@ -8,8 +8,8 @@ constexpr double kForwarderFirst = 0.5;  // seconds: a forwarder gives up before
 }
 
 Result<KernelView> Exchange::open_view() {
-  if (shape_.mask_lost) return Status(Code::kInvalid, "kernels: expected no mask_lost");
   KernelView view;
+  if (shape_.mask_lost) view.masks = &mask_word(0);
   const uint32_t me = shape_.rank, R = shape_.num_ranks, G = shape_.node_ranks;
   const bool by_node = shape_.hops_node && shape_.num_nodes > 1;
   std::vector<uint32_t> near, linked, nodes;  // ranks of this node; others; their nodes, by_node
@@ -176,6 +176,7 @@ Result<KernelView> Exchange::open_view() {
           Opened{forward, view.timed_forward, kind == kDispatch}}) {
       Wait named = wait;
       named.timed = timed;
+      named.masks = view.masks;
       named.what = kind == kDispatch ? "dispatch" : "combine";
       named.failed = [this](const Status& status, uint64_t blamed) { fail_here(status, blamed); };
       auto opened = engine_.proxy().open_wait(std::move(named));
@@ -214,8 +215,9 @@ Status Exchange::refusal(ExchangeKind kind, uint64_t epoch, std::span<const Head
   Call call;
   call.kind = kind;
   call.error = {Code::kInvalid, "refused here, too"};  // its format is not known
+  const std::vector<bool> absent_now = absent();
   for (uint32_t r = 0; r < shape_.num_ranks; ++r) {
-    if (r == shape_.rank || shape_.absent[r]) continue;
+    if (r == shape_.rank || absent_now[r]) continue;
     const Header header = headers.empty()
                               ? *reinterpret_cast<const Header*>(slot(shape_.rank, r, epoch))
                               : headers[r];

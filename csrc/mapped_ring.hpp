@@ -57,6 +57,9 @@ struct Wait {
   std::vector<uint32_t> channels;  // whose writes of the epoch's bank must have ended, too
   std::string lacks{};             // "header": what is not seen of a source
   bool timed = false;              // how long after it was armed its sources came
+  // [ranks], or null: one that cannot be waited for is masked here, and the wait goes on without
+  // it. Not 0: masked, by any wait or by the host.
+  Counter* masks = nullptr;
   // Told, in a turn, why one failed, and MappedRing::blamed.
   std::function<void(const Status&, uint64_t)> failed{};
 };
@@ -89,7 +92,8 @@ class MappedRing {
     Clock::time_point start, deadline;
     uint64_t beat = ~0ull;  // of that source, as last seen
     Clock::time_point beat_at{}, watched_at{};
-    uint64_t blamed = 0;  // as MappedRing::blamed
+    uint64_t blamed = 0;     // as MappedRing::blamed
+    uint32_t missing = ~0u;  // the rank that did not come, whoever is to blame; ~0: none
   };
 
   MappedRing(const RingOptions& options, Mapping memory);

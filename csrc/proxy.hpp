@@ -195,6 +195,8 @@ class Proxy {
   bool look_at_waits(MappedRing& ring, Clock::time_point now);
   std::optional<WaitStatus> look_at(MappedRing& ring, MappedRing::Armed& armed,
                                     Clock::time_point now, Status& why);
+  std::optional<WaitStatus> look_at_next(MappedRing& ring, MappedRing::Armed& armed,
+                                         Clock::time_point now, Status& why);
   std::string why_lost(const WaitSource& source, MappedRing::Armed& armed,
                        const RingOptions& options, Clock::time_point now) const;
   std::string describe(const Wait& wait, const MappedRing::Armed& armed, Clock::time_point now,

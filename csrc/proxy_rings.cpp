@@ -176,9 +176,23 @@ bool Proxy::look_at_waits(MappedRing& ring, Clock::time_point now) {
   return progress;
 }
 
-// How it ended, if it did; `why`: of one that failed.
+// How it ended, if it did; `why`: of one that failed. Who fails it is masked where that is asked
+// for, and the others are looked at.
 std::optional<WaitStatus> Proxy::look_at(MappedRing& ring, MappedRing::Armed& armed,
                                          Clock::time_point now, Status& why) {
+  while (true) {
+    const std::optional<WaitStatus> status = look_at_next(ring, armed, now, why);
+    if (!status || why.ok()) return status;
+    const ChannelState& state = channels_[armed.arm.channel];
+    if (!state.wait || state.wait->masks == nullptr || armed.missing == ~0u) return status;
+    word_at(state.wait->masks[armed.missing]).store(1, std::memory_order_release);
+    armed.blamed = 0;
+    why = {};
+  }
+}
+
+std::optional<WaitStatus> Proxy::look_at_next(MappedRing& ring, MappedRing::Armed& armed,
+                                              Clock::time_point now, Status& why) {
   const ChannelState& state = channels_[armed.arm.channel];
   if (!state.wait) {
     why = {Code::kClosed, "an armed wait was closed"};
@@ -186,8 +200,20 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing& ring, MappedRing::Armed& ar
   }
   const Wait& wait = *state.wait;
   const uint32_t bank = armed.arm.epoch % kNumBanks;
+  const auto masked = [&](uint32_t rank) {
+    return wait.masks != nullptr && rank != ~0u &&
+           word_at(wait.masks[rank]).load(std::memory_order_acquire) != 0;
+  };
   const auto complete = [&](const WaitSource& source) {
-    return reached(word_at(*source.words[bank]).load(std::memory_order_acquire), armed.arm.epoch);
+    return masked(source.rank) ||
+           reached(word_at(*source.words[bank]).load(std::memory_order_acquire), armed.arm.epoch);
+  };
+  const auto reader_of = [&](uint32_t channel) {  // who reads what is written there
+    const auto is_peer = [&](const WaitSource& source) {
+      return source.peer == channels_[channel].channel.peer;
+    };
+    const auto found = std::find_if(wait.sources.begin(), wait.sources.end(), is_peer);
+    return found == wait.sources.end() ? ~0u : found->rank;
   };
   for (size_t i = 0; wait.timed && i < wait.sources.size(); ++i) {
     const WaitSource& source = wait.sources[i];
@@ -204,16 +230,18 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing& ring, MappedRing::Armed& ar
   Clock::duration extra{};
   if (armed.next == wait.sources.size()) {
     const auto busy = [&](uint32_t c) {
-      return channels_[c].open && channels_[c].unsent[bank] > 0;
+      return channels_[c].open && channels_[c].unsent[bank] > 0 && !masked(reader_of(c));
     };
     const auto found = std::find_if(wait.channels.begin(), wait.channels.end(), busy);
     if (found == wait.channels.end()) return kWaitOk;
     if (now < armed.deadline) return std::nullopt;
     armed.blamed = 0;
+    armed.missing = reader_of(*found);
     missing = "its own writes on channel " + std::to_string(*found);
   } else {
     const WaitSource& source = wait.sources[armed.next];
     armed.blamed = source.rank + 1u;  // ~0: nobody
+    armed.missing = source.rank;
     extra =
         std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(source.extra_s));
     const std::string lost = why_lost(source, armed, ring.options_, now);

@@ -122,9 +122,10 @@ Status Exchange::wait_headers(Call& call) {
   TokenBounds bounds;
   std::vector<uint32_t> awaited;
   const auto start = Clock::now();
-  const std::function<void()> time_arrivals = [&] {  // of all, as they come
+  const std::function<void()> time_arrivals = [&] {  // of all, as they come or are masked
     std::erase_if(awaited, [&](uint32_t source) {
-      if (word_at(commit_word(base_, epoch, source)).load(std::memory_order_acquire) < epoch)
+      if (!shape_.absent[source] &&
+          word_at(commit_word(base_, epoch, source)).load(std::memory_order_acquire) < epoch)
         return false;
       call.wait_ns[source] += std::chrono::nanoseconds(Clock::now() - start).count();
       return true;
@@ -148,7 +149,10 @@ Status Exchange::wait_headers(Call& call) {
     if (Status status = mask_or(source, wait(commit_word(base_, epoch, source), epoch, waited));
         !status.ok())
       return status;
-    if (shape_.absent[source]) continue;
+    if (shape_.absent[source]) {
+      time_arrivals();
+      continue;
+    }
     const std::byte* window = slot(shape_.rank, source, epoch);
     const Header& header = header_of(window);
     check_header(call, header, epoch, source);

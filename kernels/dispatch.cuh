@@ -15,7 +15,8 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
-// One lane by network: what its commands say, but for the number of rows.
+// One lane by network: what its commands say, but for the number of rows. All zeros: left out; the
+// two channels of one that is not differ.
 struct Link {
   uint64_t channel, release_channel;
   uint64_t local_offset, remote_offset;  // of the message: header, counts, rows
@@ -101,18 +102,19 @@ MOE_COMM_DEVICE inline void pack_token(const Block& block, const Arguments& a, u
                                        uint64_t head_bytes) {
   const uint8_t* from = a.x + static_cast<int64_t>(token) * a.x_stride;
   const int32_t* rows = a.lane_rows + token * a.num_lanes;
-  const auto row_in = [&](uint32_t lane) {
-    return a.windows[lane] + head_bytes +
-           static_cast<uint64_t>(rows[lane] - a.starts[lane]) * a.row_bytes;
+  const auto row_in = [&](uint32_t lane) -> uint8_t* {  // null: it has none there
+    uint8_t* window = rows[lane] < 0 ? nullptr : a.windows[lane];
+    if (window == nullptr) return nullptr;
+    return window + head_bytes + static_cast<uint64_t>(rows[lane] - a.starts[lane]) * a.row_bytes;
   };
   for (uint64_t i = block.thread() * 16; i < a.payload_bytes; i += block.num_threads() * 16) {
     const Words words = *reinterpret_cast<const Words*>(from + i);
     for (uint64_t l = 0; l < num_lanes; ++l) {
-      if (rows[lanes[l]] >= 0) *reinterpret_cast<Words*>(row_in(lanes[l]) + i) = words;
+      if (uint8_t* row = row_in(lanes[l])) *reinterpret_cast<Words*>(row + i) = words;
     }
   }
   for (uint64_t l = 0; l < num_lanes; ++l) {
-    if (rows[lanes[l]] >= 0) write_tail(block, a, token, row_in(lanes[l]));
+    if (uint8_t* row = row_in(lanes[l])) write_tail(block, a, token, row);
   }
 }
 
@@ -133,9 +135,14 @@ MOE_COMM_DEVICE inline bool is_last(Block& block, uint64_t* arrived) {
   return last;
 }
 
+MOE_COMM_DEVICE inline bool is_left_out(const Link& link) {
+  return link.channel == link.release_channel;
+}
+
 template <class Block>
 MOE_COMM_DEVICE inline void push_link(Block& block, const DeviceRing& ring, const Link& link,
                                       uint64_t epoch, uint64_t num_bytes, uint64_t* status) {
+  if (is_left_out(link)) return;
   const Transfer transfer{static_cast<uint32_t>(link.channel), static_cast<uint32_t>(epoch),
                           link.local_offset, link.remote_offset, num_bytes};
   const WaitStatus pushed = device::push(block, ring, transfer);
@@ -149,9 +156,10 @@ MOE_COMM_DEVICE inline void release(Block& block, Counter* const* words, uint64_
                                     const Link* links, uint64_t num_links, uint64_t epoch,
                                     const DeviceRing& ring, uint64_t* status) {
   for (uint64_t w = block.thread(); w < num_words; w += block.num_threads()) {
-    block.store_release(words[w], epoch);
+    if (words[w] != nullptr) block.store_release(words[w], epoch);
   }
   for (uint64_t l = block.thread(); l < num_links; l += block.num_threads()) {
+    if (is_left_out(links[l])) continue;
     const Transfer transfer{static_cast<uint32_t>(links[l].release_channel),
                             static_cast<uint32_t>(epoch), 0, 0, 0};
     const WaitStatus pushed = device::push(block, ring, transfer);
@@ -188,7 +196,7 @@ MOE_COMM_DEVICE inline void send(Block& block, const Arguments& a) {
   }
   if (pack_tokens(block, a, a.lanes + a.num_links, a.num_local, a.head_bytes, a.arrived + 1)) {
     for (uint64_t l = block.thread(); l < a.num_local; l += block.num_threads()) {
-      block.store_release(a.commits[l], *a.epoch);  // H1
+      if (a.commits[l] != nullptr) block.store_release(a.commits[l], *a.epoch);  // H1
     }
   }
 }

@@ -124,10 +124,14 @@ class Write(Struct):  # headers.cuh
     )
 
 
+class LeaveOut(Struct):  # headers.cuh
+    _fields_ = _words("masks num_ranks seen owners num_words words")
+
+
 class Check(Struct):  # headers.cuh
     _fields_ = _words(
-        "epoch like identity windows num_sources capacity expected num_counts counts_bytes error told told_epoch rows "
-        "starts tokens verdicts copies waited times wait_ns num_times"
+        "epoch like identity identity_is_epoch windows num_sources capacity expected num_counts counts_bytes error "
+        "told told_epoch rows starts tokens verdicts copies waited times wait_ns num_times"
     )
 
 
@@ -139,7 +143,7 @@ class Collect(Struct):  # headers.cuh
 
 class PassOn(Struct):  # relay.cuh: Arguments
     _fields_ = _words(
-        "epoch waited sources verdicts damaged outs_per_source sources_per_out own identity tokens num_counts "
+        "epoch waited rounds sources verdicts damaged outs_per_source sources_per_out own identity tokens num_counts "
         "counts_bytes rows staged windows num_outs groups row_bytes table_rows"
     )
 
@@ -149,6 +153,7 @@ KERNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "moe_comm_arm": ("ring", (DeviceRing, *(ctypes.c_uint32,) * 2, WORD, WORD, ctypes.c_uint32, WORD, WORD)),
     "moe_comm_wait": ("ring", (WORD,) * 5),
     "moe_comm_begin": ("headers", (Begin,)),
+    "moe_comm_leave_out": ("headers", (LeaveOut,)),
     "moe_comm_write_headers": ("headers", (Write,)),
     "moe_comm_check_headers": ("headers", (Check,)),
     "moe_comm_collect": ("headers", (Collect,)),

@@ -11,6 +11,7 @@ using namespace moe_comm;
   }
 
 MOE_COMM_KERNEL(moe_comm_begin, Begin, begin)
+MOE_COMM_KERNEL(moe_comm_leave_out, LeaveOut, leave_out)
 MOE_COMM_KERNEL(moe_comm_write_headers, Write, write)
 MOE_COMM_KERNEL(moe_comm_check_headers, Check, check)
 MOE_COMM_KERNEL(moe_comm_collect, Collect, collect)

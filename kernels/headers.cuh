@@ -1,8 +1,8 @@
 // What an exchange says besides rows, in kernels: its epoch, headers sent, headers that came.
 //
-//   begin ─epoch, the bank's addresses, credits armed─→ write ─headers, counts─→ the kernel that
-//   sends rows check ─how many rows of whom, or why none may be touched─→ collect ─tokens, ids,
-//   weights─→ unpack, sums
+//   begin ─epoch, the bank's addresses, credits armed─→ (leave out) write ─headers, counts─→ the
+//   kernel that sends rows check ─how many rows of whom, or why none may be touched─→ collect
+//   ─tokens, ids, weights─→ unpack, sums
 //
 // The epoch lies in device memory and is counted there, so a captured graph uses another one at
 // each replay; what depends on the bank is looked up with it. A header is believed if its digest
@@ -30,6 +30,18 @@ struct Begin {
       wait;  // for all to have released the epoch before in this bank, and its writes to have left
   uint64_t word_idx, timeout_ms;
   ArmedWord* word;
+};
+
+// One block. Behind each wait that may have masked ranks (mask_lost): what the call's block has of
+// them becomes null, and a kernel that finds null goes on without. What was decided then holds for
+// the kernels up to the next wait.
+struct LeaveOut {
+  const uint64_t* masks;  // [num_ranks] not 0: masked; anybody may mask one at any time
+  uint64_t num_ranks;
+  uint64_t* seen;          // [num_ranks] the masks, as this call takes them
+  const uint32_t* owners;  // [num_words] whose each word is
+  uint64_t num_words;
+  uint64_t* words;  // [num_words]
 };
 
 struct Write {
@@ -76,6 +88,7 @@ struct Check {
   const uint64_t* epoch;
   const Header* like;             // what all must say
   const uint64_t* identity;       // likewise, or null
+  uint64_t identity_is_epoch;     // not 0: of a fresh dispatch; ranks may know of other sources
   const uint8_t* const* windows;  // [num_sources]; null: an absent one's
   uint64_t num_sources;
   uint64_t capacity;                  // rows of a window, at most
@@ -121,6 +134,16 @@ MOE_COMM_DEVICE inline void begin(Block& block, const Begin& a) {
   const Arm credits{static_cast<uint32_t>(a.wait), static_cast<uint32_t>(a.word_idx),
                     epoch - kNumBanks, static_cast<uint32_t>(a.timeout_ms)};
   device::arm(block, a.ring, credits, a.word);
+}
+
+template <class Block>
+MOE_COMM_DEVICE inline void leave_out(Block& block, const LeaveOut& a) {
+  for (uint64_t r = block.thread(); r < a.num_ranks; r += block.num_threads())
+    a.seen[r] = block.load_acquire(a.masks + r);
+  block.any(false);  // each is read once: all words of a rank go, or none
+  for (uint64_t i = block.thread(); i < a.num_words; i += block.num_threads()) {
+    if (a.seen[a.owners[i]] != 0) a.words[i] = 0;
+  }
 }
 
 // As the host's digest of [num_counts] with zeros up to `num_bytes`.
@@ -183,6 +206,10 @@ MOE_COMM_DEVICE inline void write(Block& block, const Write& a) {
   for (uint64_t l = block.index(); l < a.num_lanes; l += block.num_blocks()) {
     const uint64_t rank = a.lanes[l];
     uint8_t* window = a.windows[rank];
+    if (window == nullptr) {  // masked
+      if (a.groups != nullptr && block.thread() == 0) a.groups[l] = {};
+      continue;
+    }
     Header& header = a.staged[rank];
     auto* staged = reinterpret_cast<Words*>(&header);
     const auto* like = reinterpret_cast<const Words*>(a.like + refused);
@@ -308,9 +335,11 @@ MOE_COMM_DEVICE inline void check(Block& block, const Check& a) {
   for (uint64_t s = 0; s < a.num_sources; ++s) {
     if (!good) a.rows[s] = 0;
     a.starts[s] = static_cast<uint32_t>(total);
-    total += a.rows[s];
+    total += a.expected != nullptr && good ? a.expected[s] : a.rows[s];
   }
-  told.identity = a.identity != nullptr ? *a.identity : identity;
+  told.identity = a.identity != nullptr      ? *a.identity
+                  : a.identity_is_epoch != 0 ? *a.epoch
+                                             : identity;
   told.num_rows = total;
   told.header = {};
   if (told.bad != 0) told.header = *reinterpret_cast<const Header*>(a.windows[told.bad - 1]);
@@ -334,8 +363,8 @@ MOE_COMM_DEVICE inline void collect(Block& block, const Collect& a) {
 
 #ifndef __CUDACC_RTC__
 static_assert(sizeof(Begin) == 8 * 8 + sizeof(DeviceRing) && sizeof(Write) == 20 * 8);
-static_assert(sizeof(Told) == 12 * 8 + kHeaderBytes && sizeof(Check) == 21 * 8 &&
-              sizeof(Collect) == 10 * 8);
+static_assert(sizeof(Told) == 12 * 8 + kHeaderBytes && sizeof(Check) == 22 * 8 &&
+              sizeof(Collect) == 10 * 8 && sizeof(LeaveOut) == 6 * 8);
 #endif
 
 }  // namespace moe_comm::headers

@@ -20,7 +20,9 @@ using headers::Verdict;
 // Everything is 8 bytes wide.
 struct Arguments {
   const uint64_t* epoch;
-  const uint64_t* waited;         // status of the armed wait before it
+  const uint64_t* waited;  // status of the armed wait before it
+  const uint64_t* rounds;  // the most that a source takes, whatever is wrong with it, or null:
+                           // readers hear of it even if they hear of no other source
   const uint8_t* const* sources;  // windows that were read
   const uint32_t* verdicts;       // [sources]
   const Header* damaged;          // [sources] instead of a damaged one, but for the epoch
@@ -73,12 +75,8 @@ MOE_COMM_DEVICE inline void pass_on(Block& block, const Arguments& a) {
     if (block.thread() == 0) {
       header.rows = !good ? 0 : a.rows != nullptr ? a.rows[o] : counts[0];
       header.total_rows = counts != nullptr ? counts[0] : 0;
-      // As many rounds as any of them takes, whatever is wrong: its readers hear of no other.
-      for (uint64_t t = first; t < first + a.sources_per_out; ++t) {
-        const auto& from = *reinterpret_cast<const Header*>(a.sources[t]);
-        const bool read = a.verdicts[t] != headers::kDamaged && from.epoch == *a.epoch;
-        if (read && from.rounds > header.rounds) header.rounds = from.rounds;
-      }
+      if (a.rounds != nullptr && *a.rounds > header.rounds)
+        header.rounds = static_cast<uint32_t>(*a.rounds);
       header.counts = counts == nullptr
                           ? 0
                           : headers::digest_of_counts(counts + 1, a.num_counts, a.counts_bytes);
@@ -111,7 +109,7 @@ MOE_COMM_DEVICE inline void pass_on(Block& block, const Arguments& a) {
 }
 
 #ifndef __CUDACC_RTC__
-static_assert(sizeof(Arguments) == 19 * 8);
+static_assert(sizeof(Arguments) == 20 * 8);
 #endif
 
 }  // namespace moe_comm::relay

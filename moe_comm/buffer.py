@@ -69,7 +69,7 @@ class Buffer:
             its experts are dropped, what it owed is left out of sums. Each rank masks for itself; a rank that others
             masked will not hear from them. Needs hops="rank" and max_tokens that fit one round.
         device: "cuda": calls take tensors of that GPU alone, and kernels read and write the windows
-            (kernel_exchange.py; not with mask_lost). With max_tokens that fit one round nothing waits for the host, but
+            (kernel_exchange.py). With max_tokens that fit one round nothing waits for the host, but
             where exact sizes are asked for; else calls take as many rounds as they need, and ask in each. None (or
             MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by copies (staging.py).
         windows: with a device, where they lie: "device", "host", or "auto", which is "device" if every rank can

@@ -320,19 +320,22 @@ class KernelDispatch(ByKernels, PendingDispatch):
         places = (
             self.positions if self.positions.shape[0] else None
         )  # layout "rank" in rounds has some, too
-        self.unpack(self.windows(), handle.place_shape, self.expand or not handle.number, places)
+        partly = self.expand or not handle.number or self.exchange.masks is not None
+        self.unpack(self.windows(), handle.place_shape, partly, places)
         self.out = (self.out_x, None, None)
 
     def outputs(self, shape: tuple[int, ...], padded: bool) -> tuple[Tensor, Tensor | None]:
-        """x and its scales, as given or new. `padded`: there are rows that nobody writes."""
+        """x and its scales, as given or new. `padded`: there are rows that nobody writes; those of a rank that is left
+        out since the handle was made are zeros."""
         exchange, scales = self.exchange, None
         if self.given is not None:
             x, scales = self.given
             exchange.used_by_stream(x, scales)
-            return x, scales
-        x = exchange.new((*shape, self.hidden), self.dtype)
-        if self.scale_shape is not None:
-            scales = exchange.new((*shape, self.scale_shape[0]), self.scale_shape[1])
+            padded = self.request.handle is not None and exchange.masks is not None
+        else:
+            x = exchange.new((*shape, self.hidden), self.dtype)
+            if self.scale_shape is not None:
+                scales = exchange.new((*shape, self.scale_shape[0]), self.scale_shape[1])
         for tensor in (x, scales):
             if padded and tensor is not None:
                 tensor.view(torch.uint8).fill_(0)  # not every dtype can be filled
@@ -496,6 +499,8 @@ class KernelCombine(ByKernels, PendingCombine):
             if exchange.forwarder is not None:
                 inner = exchange.forwarder.inner
                 lane_rows = lane_rows.index_select(1, exchange.forwarder.sum_lanes)
+            if exchange.masks is not None:  # whoever is left out sent nothing
+                lane_rows = lane_rows.masked_fill(self.told.rows == 0, -1)
             starts = exchange.zeros[: exchange.num_sums]
             offsets = exchange.kernels.row_offsets(
                 lane_rows, starts, windows, row_bytes=rows.row_bytes

@@ -12,6 +12,7 @@ that the device maps (window_memory.py); control words always there.
 - **Epochs** are counted on the device (headers.cuh: Begin), so that a captured graph takes new ones at each replay.
 - **Errors** that kernels find stand in what they tell the host (`Told`): raised by the call that reads it, or by the
   next one (`raise_errors`). Behind a wait that failed no kernel does anything, and the Buffer is spent.
+- With `mask_lost` a wait masks whom it cannot wait for and ends well, and the call goes on without (kernel_masks.py).
 - A call is one round where the Buffer's `max_tokens` fit one; else kernel_rounds.py makes several of it, and asks for
   sizes in each.
 
@@ -28,11 +29,11 @@ import torch
 from torch import Tensor
 
 from . import _engine
-from .arguments import wrong
 from .device_ring import DeviceRing, limit_ms
 from .dispatch import DISPATCH
 from .errors import ArgumentError, MismatchError, MoeCommError, PeerError, PeerTimeout
 from .kernel_forward import KernelForwarder
+from .kernel_masks import Masks
 from .kernel_told import (
     CREDITS,
     HEADER_BYTES,
@@ -121,6 +122,11 @@ class KernelExchange:
         self._places["staged"] = -(-(1 + self._num_words) // 2) * 2
         self._places["groups"] = self._places["staged"] + max(R, self.num_lanes) * HEADER_BYTES // 8
         self._block_words = self._places["groups"] + 4 * R
+        self.masks: Masks | None = None  # with `mask_lost`
+        if view["masks"]:
+            address = self._on_device(view["masks"])
+            self.masks = Masks(address, R, view, self._block_words, self.constant)
+            self._block_words += R
         self.zeros = self.constant([0] * max(64, 2 * R), torch.int32)
         self._next = self.constant([buffer.config.first_epoch])
         self.next_epoch = buffer.config.first_epoch  # of the next call, not counting replays
@@ -236,6 +242,12 @@ class KernelExchange:
         )  # fmt: skip
         self._launch("moe_comm_begin", begin, num_blocks=1)
         self.ring.stream_wait(CREDITS)
+        self._leave_out(call)
+
+    def _leave_out(self, call: Round) -> None:
+        """What is launched from here on goes without the ranks that the wait before masked."""
+        if self.masks is not None:
+            self._launch("moe_comm_leave_out", self.masks.leave_out(call.block), num_blocks=1)
 
     def like(self, found: _engine.CallFormat, texts: tuple[str, ...], rounds: int = 1) -> Tensor:
         """Headers of a format: a good one, and one for each text."""
@@ -291,6 +303,7 @@ class KernelExchange:
         # If the forwarder's wait failed, the ring has ended, and so will this one.
         self.ring.arm(self._waits[ROWS, timed][kind], call.block, ROWS, timeout_s)
         self.ring.stream_wait(ROWS)
+        self._leave_out(call)
 
     def await_links(
         self, call: Round, kind: int, timeout_s: float | None, timed: bool = False
@@ -312,7 +325,8 @@ class KernelExchange:
         told = Told(words, num_sources, with_epoch=True)
         check = fused.Check(
             epoch=call.block.data_ptr(), like=like.data_ptr(), windows=self.at(call, windows),
-            num_sources=num_sources, num_counts=num_counts, told=words.data_ptr(), told_epoch=words[-1:].data_ptr(),
+            num_sources=num_sources, num_counts=num_counts, identity_is_epoch=int(self.masks is not None),
+            told=words.data_ptr(), told_epoch=words[-1:].data_ptr(),
             rows=told.rows.data_ptr(), starts=told.starts.data_ptr(), tokens=told.tokens.data_ptr(),
             verdicts=told.verdicts.data_ptr(), copies=told.copies(num_counts).data_ptr() if num_counts else 0,
             waited=self.ring.status_address(word), **fields,
@@ -444,9 +458,11 @@ class KernelExchange:
 
     def _wait(self, event: Any, what: str, timeout_s: float) -> None:
         start = time.monotonic()
+        # Behind a wait that masked somebody comes another one.
+        limit_s = (timeout_s + self._late_s) * (1 if self.masks is None else 2)
         while not event.query():
             waited = time.monotonic() - start
-            if waited > timeout_s + self._late_s:
+            if waited > limit_s:
                 raise PeerTimeout(
                     f"{what}, rank {self.rank} waited {waited:.1f} s for its own stream on {self.device} to come to "
                     "this call"
@@ -566,9 +582,7 @@ def no_judge(told: Told) -> None:
 
 
 def opened(buffer: "Buffer", native: _engine.Exchange) -> KernelExchange:
-    """Raises ArgumentError where kernels cannot be this rank, RuntimeError or ImportError where they cannot run."""
-    if buffer.mask_lost:
-        raise wrong("device", "None with mask_lost", str(buffer.device))
+    """Raises ArgumentError where they cannot run."""
     try:
         return KernelExchange(buffer, native)
     except (ImportError, RuntimeError) as error:

@@ -198,7 +198,7 @@ class KernelForwarder:
     def _pass_headers(self, call: Round, told: Any, passed: Passed, **fields: Any) -> None:
         exchange = self.exchange
         exchange.pass_on(
-            call, sources=exchange.at(call, "link_in"), verdicts=told.verdicts.data_ptr(),
+            call, sources=exchange.at(call, "link_in"), verdicts=told.verdicts.data_ptr(), rounds=told.most_rounds,
             damaged=self._damaged_like(passed.found, self._rails).data_ptr(), outs_per_source=self._node_ranks,
             sources_per_out=1, windows=exchange.at(call, "passed"), num_outs=exchange.num_links * self._node_ranks,
             **fields,
@@ -218,7 +218,7 @@ class KernelForwarder:
         )  # fmt: skip
         table, sent, _ = self._of_handle(handle)
         exchange.pass_on(
-            call, sources=exchange.at(call, "gathered"), verdicts=told.verdicts.data_ptr(),
+            call, sources=exchange.at(call, "gathered"), verdicts=told.verdicts.data_ptr(), rounds=told.most_rounds,
             damaged=self._damaged_like(passed.found, self._writers).data_ptr(), outs_per_source=1,
             sources_per_out=ranks, own=passed.like.data_ptr(), identity=passed.identity, tokens=handle.num_tokens,
             rows=sent.data_ptr(), windows=exchange.at(call, "sends"), num_outs=links,

@@ -12,7 +12,7 @@ C (`chunk`) is the same for every dispatch of a Buffer whose rows are not wider 
 takes its dispatch's rounds, or more where its rows are wider, or its Buffer's windows smaller. A handle's tables are
 those of one round but for what `parts_of` reads: `told` and `forward_rows` of the rounds, one behind the other,
 lane_rows that count from each round's start, and in `forward_tokens` the number of each row, by round, and behind
-those the tokens of rows that were passed on.
+those the tokens of rows that were passed on. Reading them waits for the stream, on which every wait has its deadline.
 
 On the CPU rounds share one set of counts (csrc/exchange.hpp); here each has its own. *Source*: ours.
 """

@@ -69,6 +69,11 @@ class Told:
         return self.words[2:].data_ptr()
 
     @property
+    def most_rounds(self) -> int:
+        """The address of `rounds`."""
+        return self.words[11:].data_ptr()
+
+    @property
     def num_rows(self) -> Tensor:
         """int32 [1]"""
         return self.words[3:4].view(torch.int32)[:1]

@@ -118,9 +118,9 @@ def install_kernels(apart=False):
     @functools.wraps(make)
     def init(self, group=None, *, hops="node", ranks_per_node=None, max_tokens=None, **options):
         asked = "device" in options or os.environ.get("MOE_COMM_DEVICE")  # made as its maker says
-        if not (asked or options.get("mask_lost")):
+        if not asked:
             options["device"] = "cpu"
-            if not options.get("window_bytes"):  # one round for all
+            if not (options.get("window_bytes") or options.get("mask_lost")):  # one round for all
                 max_tokens = max_tokens or MOST_TOKENS
                 options |= {"each_copy": True, "hidden": 2 * options.get("hidden", 7168)}
         make(
@@ -141,7 +141,8 @@ def in_rounds():
     @functools.wraps(make)
     def init(self, *args):
         make(self, *args)
-        self.chunk, self.in_rounds = TOKENS_OF_A_ROUND, True
+        if self.masks is None:  # which needs one round
+            self.chunk, self.in_rounds = TOKENS_OF_A_ROUND, True
 
     KernelExchange.__init__ = init
 

@@ -15,7 +15,7 @@ may be used in any order; nothing has to be cleaned in between.
 - CUDA tensors are staged through the host (staging.py); the tables of a normal handle stay there. With
   MOE_COMM_DEVICE=cuda calls are kernels instead (kernel_exchange.py). In normal mode the host asks for counts only, as
   it must return them; low-latency calls wait for nothing, and can be captured in a graph once a call of their sizes
-  was made; with enable_shrink they are staged, too.
+  was made.
 - With enable_shrink, low-latency calls go on without a rank that is lost or late (MOE_COMM_TIMEOUT_S,
   MOE_COMM_SILENCE_S): a warning is logged, its mask is 1, it has no tokens, tokens for its experts are dropped, and
   what it owed is left out of sums. Normal mode has no masks, as in DeepEP: there, a lost peer ends the Buffer.
@@ -121,8 +121,7 @@ class Buffer:
         hops = "rank" if found.topology.num_nodes == 1 else "node"
         self.runtime: core.Buffer | None = core.Buffer(self._group, hops=hops)
         self._where = self.runtime.device if self.runtime.kernels is not None else None
-        # Ranks that are masked cannot be waited for by kernels.
-        device = "" if self.enable_shrink else WindowConfig.resolve().device
+        device = WindowConfig.resolve().device
         self._low_latency = LowLatency(self.runtime, self.enable_shrink, device)
         self._scratch: dict[bool, Tensor] = {}
         self._device_rows: Tensor | None = (

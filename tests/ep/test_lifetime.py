@@ -1,5 +1,6 @@
 """A process that ends, and one that is forked: what was sent arrives, and nobody is disturbed."""
 
+import gc
 import multiprocessing.util
 import os
 import subprocess
@@ -52,6 +53,55 @@ def test_process_that_ends_without_close(run_ranks):
     """What its last call sent still arrives: in a child of multiprocessing too, where atexit is never called."""
     results = run_ranks(_returns_at_once, 2)
     assert results == [(6, 64)] * 2
+
+
+def _mapped():
+    """[(first, end, what)] of this process."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            addresses, *_, what = line.rstrip("\n").split(maxsplit=5) + [""] * (
+                len(line.split()) < 6
+            )
+            first, end = (int(a, 16) for a in addresses.split("-"))
+            yield first, end, what
+
+
+def _whose_addresses_stay(rank, group, says_goodbye):
+    """NOTE [late writes]: what a peer that was given up had on its way finds nothing else at those addresses."""
+    buffer = moe_comm.Buffer(
+        group, ranks_per_node=1, transport="fabric:tcp;ofi_rxm", **OPTIONS | {"timeout_s": 5}
+    )
+    dispatch(buffer, _case(2), rank)
+    group.gather(None)
+    if rank == 1:
+        if not says_goodbye:
+            os._exit(0)
+        buffer.close()
+        group.store.wait(["done"])
+        return
+    end = time.monotonic() + 20
+    while not buffer.native.lost[1] and time.monotonic() < end:
+        time.sleep(0.01)
+    ((first, last),) = [(a, b) for a, b, what in _mapped() if "moe_comm:windows" in what]
+    buffer.close()
+    del buffer
+    gc.collect()
+    for _ in range(20):  # what is mapped next must not come to lie there
+        _kept.append(torch.ones(last - first, dtype=torch.uint8))
+    inside = [(a, b, what) for a, b, what in _mapped() if a < last and first < b]
+    covered = sum(min(b, last) - max(a, first) for a, b, _ in inside)
+    assert not any("moe_comm" in what for _, _, what in inside)
+    if says_goodbye:  # the addresses were given back
+        assert covered < last - first or any(t.data_ptr() < last for t in _kept)
+    else:
+        assert covered == last - first
+        assert not any(first < t.data_ptr() + t.numel() and t.data_ptr() < last for t in _kept)
+    group.store.set("done", "1")
+
+
+@pytest.mark.parametrize("says_goodbye", [False, True])
+def test_addresses_of_windows_after_a_peer(run_ranks, says_goodbye):
+    run_ranks(_whose_addresses_stay, 2, says_goodbye, may_die=[] if says_goodbye else [1])
 
 
 def _forks(rank, group):

@@ -114,6 +114,83 @@ def test_dies_between_dispatch_and_combine(run_ranks, each_copy):
     run_ranks(_dies_inside, 4, each_copy, may_die=[1])
 
 
+def _dies_with_open_hooks(rank, group, ranks_per_node, order):
+    """After it sent one dispatch, before it sends the next. Whoever is masked counts as no tokens from then on."""
+    buffer = _buffer(group, ranks_per_node)
+    first, second = (_of_layout(_case(seed), "padded") for seed in (1, 2))
+    hooks = [dispatch(buffer, first, rank, async_op="hook")]
+    _wait_for_all(group, rank, range(4), "first")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    hooks.append(dispatch(buffer, second, rank, async_op="hook"))
+    wants = [
+        expected(first if order == "in order" else _of_layout(_without(_case(1), (1,)), "padded")),
+        expected(_of_layout(_without(_case(2), (1,)), "padded")),
+    ]
+    pairs = list(zip(hooks, wants, strict=True))
+    for hook, want in pairs if order == "in order" else pairs[::-1]:
+        hook()
+        check_dispatched(hook.result, want, rank)
+    for hook, want in pairs:
+        y = buffer.combine(want.x[rank], hook.result.handle)
+        assert same(y, _combined(want, want.x, (1,))[rank])
+    buffer.close()
+
+
+# By a link, what the dead rank had sent may not have left it.
+@pytest.mark.parametrize(
+    "ranks_per_node, order", [(4, "in order"), (4, "reversed"), (2, "reversed")]
+)
+def test_dies_with_open_hooks(run_ranks, ranks_per_node, order):
+    run_ranks(_dies_with_open_hooks, 4, ranks_per_node, order, may_die=[1])
+
+
+def _waits(rank, group):
+    buffer = _buffer(group, 2, timeout_s=1.0)
+    waits = torch.zeros(4, dtype=torch.int64)
+    case = _case()
+    _check(buffer, rank, (), "rank")
+    _wait_for_all(group, rank, range(4), "first")
+    if rank == 1:
+        group.store.wait(["done/0", "done/2", "done/3"])  # it does not come
+        os._exit(0)
+    dispatch(buffer, case, rank, wait_ns=waits)
+    assert 0.9e9 < waits[1] < 20e9 and buffer.alive() == (True, False, True, True)
+    before = waits[1].item()
+    got = dispatch(buffer, case, rank, wait_ns=waits)
+    buffer.combine(got.x, got.handle, wait_ns=waits)
+    assert 0 <= waits[1] - before < 0.5e9 and min(waits) >= 0  # nobody waits for it any more
+    group.store.set(f"done/{rank}", "1")
+    buffer.close()
+
+
+def test_how_long_a_masked_rank_was_waited_for(run_ranks):
+    run_ranks(_waits, 4, may_die=[1])
+
+
+def _refuses(rank, group):
+    """Wrong input beside a rank that is gone: those that are left hear of it, and the next call works."""
+    buffer = _buffer(group, 2)
+    _check(buffer, rank, (), "rank")
+    _wait_for_all(group, rank, range(4), "first")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for seed in range(2):  # when it is not masked yet, and when it is
+        case = _case(seed)
+        if rank == 0:
+            case.idx[0][0, 0] = 8
+        error = moe_comm.ArgumentError if rank == 0 else moe_comm.PeerError
+        with pytest.raises(error, match="topk_idx: expected expert ids in"):
+            dispatch(buffer, case, rank)
+        assert buffer.alive() == (True, False, True, True)
+        _check(buffer, rank, (1,), "expert", seed)
+    buffer.close()
+
+
+def test_wrong_input_beside_a_dead_rank(run_ranks):
+    run_ranks(_refuses, 4, may_die=[1])
+
+
 def _late(rank, group, ranks_per_node):
     buffer = _buffer(group, ranks_per_node, timeout_s=1.0)
     _check(buffer, rank, (), "rank")

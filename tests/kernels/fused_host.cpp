@@ -31,6 +31,10 @@ void begin(const headers::Begin* a) {
   launch(1, 3, [a](HostBlock& block) { headers::begin(block, *a); });
 }
 
+void leave_out(const headers::LeaveOut* a) {
+  launch(1, 3, [a](HostBlock& block) { headers::leave_out(block, *a); });
+}
+
 void write_headers(const headers::Write* a, uint64_t num_blocks, uint64_t num_threads) {
   launch(num_blocks, num_threads, [a](HostBlock& block) { headers::write(block, *a); });
 }

@@ -11,7 +11,7 @@ from moe_comm.layout import DTYPE_CODES
 
 STREAM_WAIT_S = 60.0
 BLOCKS, THREADS = 3, 2
-ONE_BLOCK = ("moe_comm_begin", "moe_comm_check_headers")
+ONE_BLOCK = ("moe_comm_begin", "moe_comm_leave_out", "moe_comm_check_headers")
 NAMES = {
     "moe_comm_dispatch_send": "dispatch_send", "moe_comm_dispatch_forward": "forward",
     "moe_comm_dispatch_unpack": "unpack",

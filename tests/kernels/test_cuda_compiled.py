@@ -20,7 +20,8 @@ ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a"]
 MAX_REGISTERS = {
     "moe_comm_push": 24, "moe_comm_arm": 24, "moe_comm_wait": 16, "moe_comm_dispatch_send": 56,
     "moe_comm_dispatch_forward": 48, "moe_comm_dispatch_unpack": 48,
-    "moe_comm_begin": 32, "moe_comm_write_headers": 40, "moe_comm_check_headers": 56, "moe_comm_collect": 32,
+    "moe_comm_begin": 32, "moe_comm_leave_out": 32,
+    "moe_comm_write_headers": 40, "moe_comm_check_headers": 56, "moe_comm_collect": 32,
     "moe_comm_pass_on": 48,
     **{f"moe_comm_combine_send_{dtype}": 104 for dtype in ("bf16", "f16", "f32", "f64")},
 }  # fmt: skip

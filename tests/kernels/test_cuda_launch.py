@@ -23,6 +23,7 @@ STRUCTS = {
     "DeviceRing": fused.DeviceRing, "dispatch::Arguments": fused.Send, "receive::Forward": fused.Forward,
     "receive::Release": fused.Release, "receive::Unpack": fused.Unpack, "combine::Arguments": fused.Combine,
     "combine::Group": fused.Group, "headers::Begin": fused.Begin, "headers::Write": fused.Write,
+    "headers::LeaveOut": fused.LeaveOut,
     "headers::Check": fused.Check, "headers::Collect": fused.Collect, "relay::Arguments": fused.PassOn,
 }  # fmt: skip
 
