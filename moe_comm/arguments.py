@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, device, float32
+import torch
+from torch import Tensor, float32
 
 from .errors import ArgumentError
 from .handle import Handle
@@ -10,7 +11,7 @@ from .handle import Handle
 if TYPE_CHECKING:
     from .buffer import Buffer
 
-CPU = device("cpu")
+CPU = torch.device("cpu")
 
 
 class Found(str):
@@ -32,18 +33,31 @@ def wrong(argument: str, expected: str, found: object) -> ArgumentError:
     return ArgumentError(f"{argument}: expected {expected}, got {describe(found)}")
 
 
+def device_named(name: str) -> torch.device:
+    """Raises ArgumentError for one that has no kernels."""
+    if not name:
+        return CPU
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise wrong("device", "cuda or cuda:N", name) from error
+    if name == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def expect(condition: bool, argument: str, expected: str, found: object) -> None:
     """Raises `wrong` unless the condition holds; where a call per argument is not too dear."""
     if not condition:
         raise ArgumentError(f"{argument}: expected {expected}, got {found}")
 
 
-def place(where: device) -> str:
+def place(where: torch.device) -> str:
     """`on the CPU`, `on cuda:0`."""
     return "on the CPU" if where == CPU else f"on {where}"
 
 
-def check_rows(name: str, value: Any, shape: str = "[T, H]", where: device = CPU) -> Tensor:
+def check_rows(name: str, value: Any, shape: str = "[T, H]", where: torch.device = CPU) -> Tensor:
     """A matrix of rows that can be moved: there, 2-D, dense rows of a multiple of 16 bytes, an address of items."""
     if not (isinstance(value, Tensor)):
         raise wrong(name, f"a tensor {shape}", value)
@@ -70,7 +84,9 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     return a_from < b_to and b_from < a_to
 
 
-def check_floats(name: str, value: Any, shape: tuple[int, ...], where: device = CPU) -> Tensor:
+def check_floats(
+    name: str, value: Any, shape: tuple[int, ...], where: torch.device = CPU
+) -> Tensor:
     """A float32 tensor of this shape, there, contiguous in the answer."""
     if not (
         isinstance(value, Tensor)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import lifetime
 from ._engine import CallFormat
-from .arguments import CPU, Found, wrong
+from .arguments import Found, device_named, wrong
 from .combine import CombineRequest, PendingCombine
 from .config import Config
 from .dispatch import DispatchRequest, PendingDispatch
@@ -72,6 +72,8 @@ class Buffer:
             (kernel_exchange.py). With max_tokens that fit one round nothing waits for the host, but
             where exact sizes are asked for; else calls take as many rounds as they need, and ask in each. None (or
             MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by copies (staging.py).
+        num_sms: with a device, how many SMs a call's kernels take at most, but for a few small ones that number rows;
+            0: all (MOE_COMM_NUM_SMS). Each rank for itself; the attribute of this name may be set between calls.
         windows: with a device, where they lie: "device", "host", or "auto", which is "device" if every rank can
             (MOE_COMM_WINDOWS; window_memory.py).
         rejoin: this process takes a dead rank's place: waits until the others `recover(expect=[rank])`.
@@ -101,6 +103,7 @@ class Buffer:
         rejoin: bool = False,
         device: torch.device | str | None = None,
         windows: str | None = None,
+        num_sms: int | None = None,
     ):
         self._end: str | None = "was never opened"  # why it cannot be used
         if hops not in HOPS:
@@ -109,8 +112,10 @@ class Buffer:
         self.config = Config.resolve(
             window_bytes=window_bytes, transport=transport, interface=interface, ranks_per_node=ranks_per_node,
             timeout_s=timeout_s, device=None if device is None else str(device), windows=windows,
+            num_sms=num_sms,
         )  # fmt: skip
         self.device = device_named(self.config.device)
+        self.num_sms = self.config.num_sms
         self.kernels: KernelExchange | None = None
         self.max_tokens = max_tokens
         if mask_lost and (hops != "rank" or max_tokens is None):
@@ -226,6 +231,16 @@ class Buffer:
             raise wrong("capacity", "an int, or a Buffer with max_tokens", None)
         return self.num_ranks * (self.max_tokens or 0)
 
+    @property
+    def num_sms(self) -> int:
+        return self._num_sms
+
+    @num_sms.setter
+    def num_sms(self, num_sms: int) -> None:
+        if not (isinstance(num_sms, int) and num_sms >= 0):
+            raise wrong("num_sms", "an int >= 0", num_sms)
+        self._num_sms = num_sms
+
     # --- calls ---------------------------------------------------------------------------------------
 
     @staged("x", fills=("out",), updates=("wait_ns",))
@@ -332,6 +347,8 @@ class Buffer:
             raise wrong("async_op", 'None, "event" or "hook"', async_op)
         with self._lock:
             self._check_usable()
+            if self.kernels is not None:
+                self.kernels.num_sms = self._num_sms
             pending = kind(self, request)
             if async_op == "hook" and len(self._unhooked) >= MAX_UNHOOKED:
                 pending.refuse(
@@ -570,19 +587,6 @@ class _Faults:
             error, ArgumentError
         ):
             self._buffer.native.fail(str(error))
-
-
-def device_named(name: str) -> torch.device:
-    """Raises ArgumentError for one that has no kernels."""
-    if not name:
-        return CPU
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise wrong("device", "cuda or cuda:N", name) from error
-    if name == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def buffer_named(name: str) -> Buffer:

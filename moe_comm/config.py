@@ -45,6 +45,11 @@ VARIABLES: dict[str, tuple[type, Any, str]] = {
         "where windows of such Buffers lie: device (its memory), host (pinned, mapped), or auto: device if every rank "
         "can (moe_comm.window_memory)",
     ),
+    "MOE_COMM_NUM_SMS": (
+        int,
+        0,
+        "how many SMs the kernels of a call of such Buffers take, at most; 0: all",
+    ),
     "MOE_COMM_RANKS_PER_NODE": (
         int,
         0,
@@ -108,6 +113,7 @@ class Config:
     first_epoch: int
     device: str
     windows: str
+    num_sms: int
 
     @classmethod
     def resolve(cls, **given: Any) -> "Config":

@@ -65,6 +65,7 @@ class KernelExchange:
 
     def __init__(self, buffer: "Buffer", native: _engine.Exchange):
         self.device, self.native = buffer.device, native
+        self.num_sms = buffer.num_sms  # that kernels take at most; 0: all
         topology = buffer.topology
         self.rank, self.num_ranks = topology.rank, buffer.num_ranks
         self.kernels = for_device(self.device)
@@ -223,12 +224,16 @@ class KernelExchange:
     # --- steps of a call, on the stream ----------------------------------------------------------
 
     def _launch(
-        self, kernel: str, struct: Any, kind: str = "headers", width: int = 2048, **more: Any
-    ) -> None:
+        self, kernel: str, struct: Any, kind: str = "headers", width: int = 2048, num_blocks: int | None = None
+    ) -> None:  # fmt: skip
         """`width`: bytes that a block has to do at a time."""
-        fused.launch(
-            kernel, struct, device=self.device, num_threads=fused.threads_for(kind, width), **more
-        )  # fmt: skip
+        most = self.num_sms  # a block may get an SM of its own
+        if most and self.forwarder is not None:  # its stream has kernels at the same time
+            most = max(1, most // 2)
+        if most:
+            num_blocks = min(num_blocks or most, most)
+        threads = fused.threads_for(kind, width)
+        fused.launch(kernel, struct, device=self.device, num_threads=threads, num_blocks=num_blocks)
 
     def begin(self, call: Round, kind: int, timeout_s: float | None) -> None:
         """The next epoch: until all have released its bank, nothing behind it writes."""

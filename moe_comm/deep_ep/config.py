@@ -1,4 +1,5 @@
-"""Config: DeepEP's tuning of its normal kernels. Checked, and used by the size hints; nothing here is tuned by it.
+"""Config: DeepEP's tuning of its normal kernels. Checked, and used by the size hints; num_sms bounds the SMs of calls
+by kernels, as in DeepEP, and nothing else is tuned by it.
 
 `moe_comm` sizes its windows by MOE_COMM_WINDOW_BYTES, whatever T. The hints say what receive queues of the given
 numbers of tokens take, because clients size their buffers by them and compare; a `Buffer` works with any size.
@@ -46,7 +47,7 @@ class Config:
                 f"at least twice the {rdma_send} sent",
                 Found(num_max_rdma_chunked_recv_tokens),
             )
-        self._channels = max(1, num_sms // 2)
+        self._num_sms, self._channels = num_sms, max(1, num_sms // 2)
         self._nvl_recv, self._rdma_recv = nvl_recv, rdma_recv
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:

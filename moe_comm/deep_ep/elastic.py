@@ -12,10 +12,10 @@ Better than the original where it breaks nobody: rows are always ordered by (sou
 of expanded rows are always 0; any dtype, any number of ranks, experts and top-k, any hidden size of a multiple of 16
 bytes; an exchange of any size runs in rounds over windows of `num_bytes`.
 
-num_cpu_bytes, use_fp8_dispatch, allow_hybrid_mode, prefer_overlap_with_compute, sl_idx, the numbers of SMs and QPs and
-num_gpu_timeout_secs are kept, and tune nothing. CUDA tensors are staged through the host (staging.py); the tensors of
-an EPHandle stay there. With MOE_COMM_DEVICE=cuda calls are kernels instead (kernel_rounds.py), and all tensors are on
-the GPU; the host asks for counts in any case. Absent: engram_*, pp_*, agrs_*, all_gather.
+num_cpu_bytes, use_fp8_dispatch, allow_hybrid_mode, sl_idx, the number of QPs and num_gpu_timeout_secs are kept, and
+tune nothing. CUDA tensors are staged through the host (staging.py); the tensors of an EPHandle stay there. With
+MOE_COMM_DEVICE=cuda calls are kernels instead (kernel_rounds.py), which take at most num_sms SMs, and all tensors are
+on the GPU; the host asks for counts in any case. Absent: engram_*, pp_*, agrs_*, all_gather.
 """
 
 import dataclasses
@@ -179,8 +179,8 @@ class ElasticBuffer:
         sm_read_gbs: float = 200,
         sm_write_gbs: float = 50,
     ) -> int:
-        """SMs for a kernel to leave free or to use: an even number. On the CPU it means nothing, so it is a constant:
-        24, or 64 without prefer_overlap_with_compute."""
+        """How many SMs a call's kernels take unless told otherwise: a constant, 24, or 64 without
+        prefer_overlap_with_compute."""
         if num_scaleout_topk != 0:
             raise wrong("num_scaleout_topk", "0", num_scaleout_topk)
         return 24 if self.prefer_overlap_with_compute else 64
@@ -265,6 +265,7 @@ class ElasticBuffer:
         runtime = self._open()
         expand, x = bool(do_expand), _contiguous(x)
         with or_refuse(runtime, DISPATCH):
+            runtime.num_sms = num_sms or self.get_theoretical_num_sms(num_experts or 0, 0)
             wait_for_event(previous_event)
             wait_for_event(previous_event_before_epilogue, "previous_event_before_epilogue")
             if handle is not None:
@@ -417,6 +418,7 @@ class ElasticBuffer:
             wait_for_event(previous_event)
             wait_for_event(previous_event_before_epilogue, "previous_event_before_epilogue")
             _check_handle(handle)
+            runtime.num_sms = num_sms or handle.num_sms
             expand, routes = handle.do_expand, handle._routes
             each_copy = expand and not self.allow_multiple_reduction
             if each_copy and topk_weights is not None:

@@ -5,7 +5,8 @@ token's; how many lanes there are is the maximum over all ranks, which one small
 for topk_idx, nor with a handle). Rows are ordered by (source rank, source token), permuted rows by expert first. Sums
 are those of `moe_comm.Buffer.combine`: a rank's copies by expert, the ranks of a node, the nodes.
 
-Numbers of SMs and blocks, kernel caches, fused forms and host metadata are kept and do nothing; windows serve calls of
+num_sms_dispatch_api and num_sms_combine_api bound the SMs of calls by kernels (None: all); numbers of blocks, kernel
+caches, fused forms and host metadata are kept and do nothing; windows serve calls of
 any size in rounds, so nothing has to grow. Any dtype; any hidden size of a multiple of 16 bytes.
 
 CUDA tensors are staged through the host (staging.py); the tensors of a handle stay there. With MOE_COMM_DEVICE=cuda
@@ -154,6 +155,13 @@ class HybridEPBuffer:
             ):
                 if not (isinstance(value, int) and value > 0):
                     raise wrong(name, "an int > 0", value)
+            for name, num_sms in (
+                ("num_sms_dispatch_api", num_sms_dispatch_api),
+                ("num_sms_combine_api", num_sms_combine_api),
+            ):
+                if not (num_sms is None or (isinstance(num_sms, int) and num_sms >= 0)):
+                    raise wrong(name, "an int >= 0 or None", num_sms)
+        self._num_sms = {DISPATCH: num_sms_dispatch_api or 0, COMBINE: num_sms_combine_api or 0}
         self.rank, self.group_size = self._group.rank, self._group.num_ranks
         num_ranks = self.group_size
         row = RowFormat.of_dispatch(2 * hidden_dim, 0, USUAL_TOPK, weights=True)
@@ -387,6 +395,7 @@ class HybridEPBuffer:
     ) -> tuple[Tensor, Tensor | None, Tensor | None, HybridEPConfig]:
         """(rows, weights by row, scales, config). `routing`: routing_map, probs, topk_idx, topk_weights."""
         runtime = self.runtime
+        runtime.num_sms = self._num_sms[DISPATCH]
         if isinstance(hidden, Tensor):
             hidden = hidden.contiguous()  # a gradient may be one row, expanded
         x = hidden if scales is None else (hidden, scales)
@@ -480,6 +489,7 @@ class HybridEPBuffer:
         num_rows = routes.num_places if expand else routes.num_rows
         given = config.num_rows(expand)
         with or_refuse(self.runtime, COMBINE):
+            self.runtime.num_sms = self._num_sms[COMBINE]
             if not (isinstance(hidden, Tensor) and hidden.dim() == 2 and len(hidden) == given):
                 raise wrong("hidden", f"[{given}, H]", hidden)
             rows = _fit(hidden.detach(), num_rows).contiguous()

@@ -3,8 +3,9 @@
 Made of `moe_comm.Buffer`s: one for normal mode and, in low-latency mode, one with hops="rank" (low_latency.py). Both
 may be used in any order; nothing has to be cleaned in between.
 
-- num_nvl_bytes, num_rdma_bytes, num_qps_per_rank, Config and set_num_sms are kept for clients that compare them, and
-  tune nothing: normal mode's windows are sized by MOE_COMM_WINDOW_BYTES, and a call of any size runs in rounds;
+- Config and set_num_sms bound the SMs that kernels of normal mode take (0: all; by copies it is without effect), and
+  tune nothing else. num_nvl_bytes, num_rdma_bytes and num_qps_per_rank are kept for clients that compare them: normal
+  mode's windows are sized by MOE_COMM_WINDOW_BYTES, and a call of any size runs in rounds;
   low-latency windows are as large as M, H, K and E ask.
 - Any number of ranks, ranks per node, experts and top-k; any hidden size of a multiple of 16 bytes; bfloat16, float16,
   float32 and float64 where DeepEP takes bfloat16. The last ranks own fewer experts if R does not divide E.
@@ -271,7 +272,8 @@ class Buffer:
             expert_alignment: counts of experts are rounded up to it; no row is added.
             num_worst_tokens: if > 0, results have so many rows. Rows behind the real ones hold −1 in recv_topk_idx, 0
                 in recv_topk_weights, anything in recv_x.
-            config, allocate_on_comm_stream: checked, else without effect.
+            config: how many SMs kernels take at most, default `Buffer.num_sms`; the rest is checked, without effect.
+            allocate_on_comm_stream: checked, else without effect.
 
         Returns: recv_x [N, H] (a pair if x is one), one row for each token with an expert here, by (source rank, source
         token); recv_topk_idx int64 [N, K] of local experts, −1 elsewhere; recv_topk_weights float32 [N, K], 0
@@ -283,7 +285,7 @@ class Buffer:
         buffer = self._check_alive()
         with or_refuse(buffer, DISPATCH):
             _check_async(previous_event, async_finish, allocate_on_comm_stream)
-            _check_config(config)
+            buffer.num_sms = _num_sms_of(config)
             wait_for_event(previous_event)
         results = normal.dispatch(
             buffer, x, handle, (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert),
@@ -321,7 +323,7 @@ class Buffer:
         buffer = self._check_alive()
         with or_refuse(buffer, COMBINE):
             _check_async(previous_event, async_finish, allocate_on_comm_stream)
-            _check_config(config)
+            buffer.num_sms = _num_sms_of(config)
             wait_for_event(previous_event)
         results = normal.combine(buffer, x, handle, topk_weights, bias)
         return (*results, _event(async_finish))
@@ -484,6 +486,7 @@ def _check_async(previous_event: Any, async_finish: bool, allocate_on_comm_strea
         )
 
 
-def _check_config(config: Any) -> None:
+def _num_sms_of(config: Any) -> int:
     if not (config is None or isinstance(config, Config)):
         raise wrong("config", "a Config or None", config)
+    return Buffer.num_sms if config is None else config._num_sms

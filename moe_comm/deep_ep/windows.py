@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from ..buffer import Buffer, device_named
+from ..arguments import device_named
+from ..buffer import Buffer
 from ..errors import ArgumentError, MismatchError, PeerError, PeerLost
 from ..event import Hook
 from ..layout import RowFormat
