@@ -1,6 +1,7 @@
 """Calls of several rounds by kernels (kernel_rounds.py); the suites of tests/ep run so, too: --through rounds."""
 
 # ruff: noqa: F811  (fixtures)
+import ctypes
 import sys
 from pathlib import Path
 
@@ -10,7 +11,15 @@ from test_kernel_buffer import at_home, device, moved, transport  # noqa: F401
 from test_kernel_streams import cuda, on_streams, on_threads  # noqa: F401
 
 import moe_comm
-from moe_comm import ArgumentError, MismatchError, PeerError, kernel_rounds, reference
+from moe_comm import (
+    ArgumentError,
+    MismatchError,
+    PeerError,
+    PeerLost,
+    TransportError,
+    kernel_rounds,
+    reference,
+)
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ep"))
 from cases import check_dispatched, dispatch, expected, make_case, node_list, same
@@ -121,6 +130,59 @@ def _wrong(rank, group, library, wrong):
 @pytest.mark.parametrize("wrong", [0, 1])
 def test_wrong_input_of_one_rank(run_ranks, library, wrong):
     run_ranks(_wrong, 2, library._name, wrong)
+
+
+def _refuses_wider_rows(rank, group, library, hops):
+    """A call that takes several rounds, as its rows are wider than what the Buffer was made for; one is wrong."""
+    run_on_host(library)
+    case = make_case(4, tokens=[8, 8, 3, 0], num_experts=8)
+    wide = make_case(4, tokens=[8, 8, 3, 0], num_experts=8, hidden=512)
+    options = {"device": "cpu", "ranks_per_node": 2, "timeout_s": 10, "hops": hops, **SIZES}
+    with moe_comm.Buffer(group, max_tokens=8, **options) as buffer:
+        check_dispatched(dispatch(buffer, case, rank), expected(case), rank)
+        before = buffer.stats()["rounds"]
+        check_dispatched(dispatch(buffer, wide, rank), expected(wide), rank)
+        assert buffer.stats()["rounds"] - before > 1 and not buffer.kernels.in_rounds
+        with pytest.raises(ArgumentError if rank == 1 else PeerError, match="topk_idx: expected"):
+            idx = wide.idx[rank].int() if rank == 1 else wide.idx[rank]
+            buffer.dispatch(wide.xs[rank], idx, num_experts=8)
+        assert len(set(group.gather(buffer.kernels.next_epoch))) == 1
+        check_dispatched(dispatch(buffer, wide, rank), expected(wide), rank)
+
+
+@pytest.mark.parametrize("hops", ["rank", "node"])
+def test_a_refused_call_of_wider_rows(run_ranks, library, hops):
+    run_ranks(_refuses_wider_rows, 4, library._name, hops)
+
+
+def _damaged_later(rank, group, library):
+    """One bit of the second round's header is another: nobody says that all is well."""
+    run_on_host(library)
+    case = make_case(2, tokens=[9, 9], num_experts=8)
+    options = {"device": "cpu", "window_bytes": windows_for(3, 2), "timeout_s": 5, **SIZES}
+    with moe_comm.Buffer(group, **options) as buffer:
+        dispatch(buffer, case, rank)
+        if rank == 0:
+            await_rows, awaited = buffer.kernels.await_rows, []
+
+            def damaged(call, *more):
+                await_rows(call, *more)
+                awaited.append(call)
+                if len(awaited) == 2:
+                    window = int(buffer.kernels.table(call, "in", 2)[1])
+                    ctypes.c_uint8.from_address(window + 9).value ^= 1
+
+            buffer.kernels.await_rows = damaged
+        with pytest.raises((TransportError, PeerLost)) as caught:
+            dispatch(buffer, case, rank)
+            dispatch(buffer, case, rank)
+        group.gather(None)
+        return str(caught.value)
+
+
+def test_a_later_round_is_damaged(run_ranks, library):
+    text, _ = run_ranks(_damaged_later, 2, library._name)
+    assert "rank 1 (node 0) is damaged" in text
 
 
 def _other_rounds(rank, group, library, wrong):

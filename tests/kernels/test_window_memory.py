@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import apart
 import pytest
@@ -78,7 +79,10 @@ def _apart(rank, group, libraries, options, by_network):
     with pytest.raises(ArgumentError if rank == 0 else PeerError, match="topk_idx"):
         buffer.dispatch(x, idx + 100 * (rank == 0), num_experts=8)
     # All refuse: each learns from headers in windows that it was not alone.
-    another = str(take_part(buffer, DISPATCH, f"rank {rank} will not"))
+    with mock.patch.object(buffer.window_memory, "read", wraps=buffer.window_memory.read) as read:
+        another = str(take_part(buffer, DISPATCH, f"rank {rank} will not"))
+    assert read.call_count >= 1 + len(near), "the host reads no window by itself"
+    del read
     assert group.num_ranks == 1 or " will not" in another
     two_calls(buffer, rank, group.num_ranks)
     buffer.close()
