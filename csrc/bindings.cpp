@@ -241,7 +241,7 @@ void bind_exchange(py::module_& m) {
   bind_kernel_view(c);
   c.def(py::init([](Engine& engine, const py::dict& shape, const py::dict& offsets,
                     uint64_t first_epoch,
-                    const std::tuple<uintptr_t, size_t, int, uint64_t, bool>& windows,
+                    const std::tuple<uintptr_t, size_t, int, uint64_t, int, bool>& windows,
                     const py::object&) {
           GroupShape s;
           s.rank = shape["rank"].cast<uint32_t>();
@@ -259,9 +259,9 @@ void bind_exchange(py::module_& m) {
           o = {at("beats"), at("commits"), at("releases"),  at("sents"),
                at("masks"), at("slots"),   at("far_slots"), at("links"),
                at("sends"), at("stride"),  at("segment")};
-          const auto& [address, num_bytes, dmabuf, offset, linked] = windows;
+          const auto& [address, num_bytes, dmabuf, offset, device, linked] = windows;
           const WindowMemory memory{
-              {reinterpret_cast<std::byte*>(address), num_bytes}, {dmabuf, offset}, linked};
+              {reinterpret_cast<std::byte*>(address), num_bytes}, {dmabuf, offset, device}, linked};
           auto made = unlocked(
               [&] { return Exchange::create(engine, std::move(s), o, first_epoch, memory); });
           return check(std::move(made));
@@ -396,12 +396,14 @@ void bind_engine(py::module_& m) {
                              [](Self& self) { return to_bytes(self.proxy().info().address); })
       .def(
           "register",
-          [](Self& self, uintptr_t address, size_t num_bytes, int dmabuf, uint64_t offset) {
+          [](Self& self, uintptr_t address, size_t num_bytes, int dmabuf, uint64_t offset,
+             int device) {
             const std::span<std::byte> bytes(reinterpret_cast<std::byte*>(address), num_bytes);
-            return check(
-                unlocked([&] { return self.register_memory(bytes, DmaBuf{dmabuf, offset}); }));
+            return check(unlocked(
+                [&] { return self.register_memory(bytes, DmaBuf{dmabuf, offset, device}); }));
           },
-          py::arg("address"), py::arg("num_bytes"), py::arg("dmabuf") = -1, py::arg("offset") = 0)
+          py::arg("address"), py::arg("num_bytes"), py::arg("dmabuf") = -1, py::arg("offset") = 0,
+          py::arg("device") = 0)
       .def("forget", [](Self& self,
                         uint64_t region) { check(unlocked([&] { return self.forget(region); })); })
       .def("describe",

@@ -100,10 +100,11 @@ Result<SegmentSlice> find_segment(std::span<const std::byte> bytes);
 
 // --- regions -------------------------------------------------------------------------------------
 
-// A device's memory as drivers share it: a GPU's exports it, a NIC's takes it. The CPU reads none.
+// A GPU's memory, as a NIC takes it: its driver exported it. The CPU reads none.
 struct DmaBuf {
   int fd = -1;          // -1: memory of the host
   uint64_t offset = 0;  // of the first byte
+  int device = 0;       // which GPU of this process: libfabric takes it by that
   bool given() const { return fd >= 0; }
 };
 

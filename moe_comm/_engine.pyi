@@ -125,8 +125,11 @@ class Engine:
     def transport(self) -> str: ...
     @property
     def address(self) -> bytes: ...
-    def register(self, address: int, num_bytes: int, dmabuf: int = -1, offset: int = 0) -> int:
-        """Registers host memory; returns the region's number. The caller keeps the memory alive."""
+    def register(
+        self, address: int, num_bytes: int, dmabuf: int = -1, offset: int = 0, device: int = 0
+    ) -> int:
+        """Registers memory of the host, or, with its dmabuf, of a GPU (`device`: its number); returns the region's
+        number. The caller keeps the memory alive."""
 
     def forget(self, region: int) -> None:
         """Withdraws a registration once writes under way from it have ended."""
@@ -373,7 +376,7 @@ class Exchange:
         shape: Mapping[str, object],
         offsets: Mapping[str, int],
         first_epoch: int,
-        windows: tuple[int, int, int, int, bool],
+        windows: tuple[int, int, int, int, int, bool],
         owner: object,
     ) -> None:
         """`windows`: address and bytes of memory of their own (0, 0: in the segment), a dmabuf of it (-1: none) and its

@@ -213,8 +213,9 @@ class TransferEngine:
 
         Args:
             memory: a contiguous CPU tensor of any dtype (a view is fine: its bytes and no others), or an object with a
-                writable, contiguous buffer: bytearray, numpy array, memoryview, mmap. At least 1 byte. Over "verbs",
-                also a CUDA tensor (by dmabuf; never ran on hardware): streams that use it are the caller's to order.
+                writable, contiguous buffer: bytearray, numpy array, memoryview, mmap. At least 1 byte. Over "verbs"
+                and "fabric:efa" also a CUDA tensor, whose device exports a dmabuf (never ran on hardware): streams that
+                use it are the caller's to order.
 
         The memory must not move (`Tensor.resize_`, `set_`) while registered. Each call registers anew.
         Raises: ArgumentError; TransportError. Blocks for as long as the device needs to pin the pages.

@@ -142,12 +142,12 @@ def open_exchange(
 
 
 @contextlib.contextmanager
-def _described(windows: Any, linked: bool) -> Iterator[tuple[int, int, int, int, bool]]:
+def _described(windows: Any, linked: bool) -> Iterator[tuple[int, int, int, int, int, bool]]:
     """Memory of windows as the engine takes it. `linked`: the network reaches it."""
     if windows is None:
-        yield 0, 0, -1, 0, False
+        yield 0, 0, -1, 0, 0, False
         return
-    with windows.exported() if linked else contextlib.nullcontext((-1, 0)) as dmabuf:
+    with windows.exported() if linked else contextlib.nullcontext((-1, 0, 0)) as dmabuf:
         yield windows.address, windows.num_bytes, *dmabuf, linked
 
 

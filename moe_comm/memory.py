@@ -109,8 +109,9 @@ class Pinned:
 
 
 @contextlib.contextmanager
-def dmabuf_of(address: int, num_bytes: int, device: torch.device) -> Iterator[tuple[int, int]]:
-    """(a descriptor of a dmabuf, offset of the first byte in it) of memory of a CUDA device, as NICs take it.
+def dmabuf_of(address: int, num_bytes: int, device: torch.device) -> Iterator[tuple[int, int, int]]:
+    """(a descriptor of a dmabuf, offset of the first byte in it, the device's number) of memory of a CUDA device, as
+    NICs take it.
 
     What took it keeps it; the descriptor is closed here. Raises: TransportError where the driver refuses. Never ran on
     hardware (2026-11-22).
@@ -131,6 +132,6 @@ def dmabuf_of(address: int, num_bytes: int, device: torch.device) -> Iterator[tu
             f"memory: {device} exports no dmabuf ({error}): register pinned host memory instead"
         ) from None
     try:
-        yield descriptor.value, address - first
+        yield descriptor.value, address - first, device.index or 0
     finally:
         os.close(descriptor.value)

@@ -36,8 +36,8 @@ class Region:
         self.engine = engine
         self.num_bytes = num_bytes
         if isinstance(memory, Tensor) and memory.is_cuda:
-            with dmabuf_of(address, num_bytes, memory.device) as (dmabuf, offset):
-                self._number = engine.native.register(address, num_bytes, dmabuf, offset)
+            with dmabuf_of(address, num_bytes, memory.device) as found:
+                self._number = engine.native.register(address, num_bytes, *found)
         else:
             self._number = engine.native.register(address, num_bytes)
         self._memory: object | None = memory

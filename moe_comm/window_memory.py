@@ -4,6 +4,7 @@
     cuMemAlloc ─handle─→ cuIpcOpenMemHandle: stores
                ─dmabuf─→ its own NIC ←───────────────── writes
 
+libfabric (EFA) is told the device, FI_HMEM, and asks for the dmabuf itself.
 Device memory is where rows are read fastest; host memory ("host-staged", pinned and mapped) is what every GPU and every
 transport reach. Control words stay in the segment, in host memory: what a host must write and a GPU must see.
 
@@ -137,8 +138,8 @@ class CudaMemory:
                 self._driver.call("cuIpcCloseMemHandle", fused.WORD(self._mapped.pop()))
 
     @contextlib.contextmanager
-    def exported(self) -> Iterator[tuple[int, int]]:
-        """(dmabuf, offset), as a NIC takes it; the descriptor is closed here."""
+    def exported(self) -> Iterator[tuple[int, int, int]]:
+        """(dmabuf, offset, device), as a NIC takes it; the descriptor is closed here."""
         with dmabuf_of(self.address, self.num_bytes, self._device) as found:
             yield found
 

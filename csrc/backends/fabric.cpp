@@ -204,17 +204,19 @@ void FabricTransport::add_write() {
 }
 
 Result<MemoryRegion> FabricTransport::register_memory(std::span<std::byte> bytes, DmaBuf dmabuf) {
-  if (dmabuf.given()) {
+  if (dmabuf.given() && !device_->takes_device_memory()) {
     return Status(Code::kInvalid,
                   info_.name + " registers host memory only: use host-staged windows for a GPU");
   }
   if (bytes.empty()) return Status(Code::kInvalid, info_.name + ": cannot register 0 bytes");
-  auto handle = device_->register_bytes(bytes.data(), bytes.size(), FI_WRITE | FI_REMOTE_WRITE);
+  auto handle =
+      device_->register_bytes(bytes.data(), bytes.size(), FI_WRITE | FI_REMOTE_WRITE, dmabuf);
   if (!handle.ok()) return handle.status().with_prefix(info_.name + ": ");
   MemoryRegion region;
   region.bytes = bytes;
   region.local_key = fi_mr_desc(handle.value().get());
   region.remote_key.value = fi_mr_key(handle.value().get());
+  region.of_device = dmabuf.given();
   region.remote_base =
       device_->wants(FI_MR_VIRT_ADDR) ? reinterpret_cast<uint64_t>(bytes.data()) : 0;
   region.registration = std::make_shared<Registration>(device_, std::move(handle.value()));

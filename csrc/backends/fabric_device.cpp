@@ -73,15 +73,17 @@ int preference(const fi_info* info) {
 // data. FI_RX_CQ_DATA is not offered, so no provider may want a posted receive for each immediate.
 // Of `mr_mode` a provider returns what it needs: where FI_MR_VIRT_ADDR is missing peers name bytes
 // by offset, where FI_MR_PROV_KEY is missing we choose keys.
-Result<InfoHandle> find_provider(const FabricLibrary& library, const std::string& provider) {
+Result<InfoHandle> find_provider(const FabricLibrary& library, const std::string& provider,
+                                 bool device_memory = false) {
   InfoHandle hints(library.dup_info(nullptr), FreeInfo{library.free_info});
   if (!hints) return library.error("fi_dupinfo", -FI_ENOMEM);
-  hints->caps = FI_MSG | FI_RMA;
+  hints->caps = FI_MSG | FI_RMA | (device_memory ? FI_HMEM : 0);
   hints->mode = FI_CONTEXT | FI_CONTEXT2;
   hints->ep_attr->type = FI_EP_RDM;
   hints->tx_attr->msg_order = hints->rx_attr->msg_order = FI_ORDER_NONE;
   hints->tx_attr->comp_order = hints->rx_attr->comp_order = FI_ORDER_NONE;
-  hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY;
+  hints->domain_attr->mr_mode = FI_MR_LOCAL | FI_MR_VIRT_ADDR | FI_MR_ALLOCATED | FI_MR_PROV_KEY |
+                                (device_memory ? FI_MR_HMEM : 0);
   hints->domain_attr->threading = FI_THREAD_SAFE;  // regions are released on any thread
   hints->domain_attr->resource_mgmt = FI_RM_ENABLED;
   hints->domain_attr->cq_data_size = sizeof(Immediate);
@@ -91,6 +93,10 @@ Result<InfoHandle> find_provider(const FabricLibrary& library, const std::string
   if (rc != 0) return library.error("fi_getinfo(" + provider + ")", rc);
   return InfoHandle(found, FreeInfo{library.free_info});
 }
+
+// Providers whose NIC reaches a GPU's memory itself: they are asked for that, too, and do without
+// where this libfabric, or this machine, has no such thing. Others would copy, by the CPU.
+bool may_take_device_memory(const std::string& provider) { return provider.starts_with("efa"); }
 
 // --- /dev/shm ------------------------------------------------------------------------------------
 
@@ -199,7 +205,9 @@ Result<std::shared_ptr<FabricDevice>> FabricDevice::open(const std::string& prov
   auto library = FabricLibrary::load();
   if (!library.ok()) return library.status();
   if (provider == "shm") remove_stale_endpoints();
-  auto found = find_provider(library.value(), provider);
+  auto found = find_provider(library.value(), provider, may_take_device_memory(provider));
+  if (!found.ok() && may_take_device_memory(provider))
+    found = find_provider(library.value(), provider);
   if (!found.ok()) {
     return Status(Code::kTransport, found.status().text() +
                                         ": libfabric finds nothing here that this provider can "
@@ -240,7 +248,8 @@ Result<std::shared_ptr<FabricDevice>> FabricDevice::open(const std::string& prov
 // NOTE [remote keys] A key is a capability: who was not told it can write nothing. Keys are random
 // wherever the provider lets us choose them, as wide as it allows but 63 bits (all ones means "no
 // key" to libfabric).
-Result<MrHandle> FabricDevice::register_bytes(void* data, size_t num_bytes, uint64_t access) const {
+Result<MrHandle> FabricDevice::register_bytes(void* data, size_t num_bytes, uint64_t access,
+                                              DmaBuf dmabuf) const {
   const size_t key_bits = std::min<size_t>(8 * info->domain_attr->mr_key_size, 63);
   for (int attempt = 1;; ++attempt) {
     uint64_t key = 0;
@@ -249,10 +258,24 @@ Result<MrHandle> FabricDevice::register_bytes(void* data, size_t num_bytes, uint
       key &= (uint64_t{1} << key_bits) - 1;
     }
     fid_mr* region = nullptr;
-    const int rc = fi_mr_reg(domain.get(), data, num_bytes, access, 0, key, 0, &region, nullptr);
+    int rc = 0;
+    if (dmabuf.given()) {  // libfabric asks the driver for a dmabuf itself, where it needs one
+      const iovec bytes{data, num_bytes};
+      fi_mr_attr attr{};
+      attr.mr_iov = &bytes;
+      attr.iov_count = 1;
+      attr.access = access;
+      attr.requested_key = key;
+      attr.iface = FI_HMEM_CUDA;
+      attr.device.cuda = dmabuf.device;
+      rc = fi_mr_regattr(domain.get(), &attr, 0, &region);
+    } else {
+      rc = fi_mr_reg(domain.get(), data, num_bytes, access, 0, key, 0, &region, nullptr);
+    }
     if (rc == 0) return MrHandle(region);
     if (rc != -FI_ENOKEY || attempt == kKeyAttempts) {
-      return library.error("fi_mr_reg of " + std::to_string(num_bytes) + " bytes", rc);
+      const std::string call = dmabuf.given() ? "fi_mr_regattr of a GPU's " : "fi_mr_reg of ";
+      return library.error(call + std::to_string(num_bytes) + " bytes", rc);
     }
   }
 }
@@ -321,6 +344,9 @@ std::vector<TransportReport> probe_fabric() {
     } else if (auto sources = list_fabric_sources(library.value(), known.provider); sources.ok()) {
       report.available = true;
       report.detail = "libfabric " + library.value().version_text() + "; " + join(sources.value());
+      if (may_take_device_memory(known.provider) &&
+          find_provider(library.value(), known.provider, true).ok())
+        report.detail += "; takes a GPU's memory";
     } else {
       report.detail = "libfabric " + library.value().version_text();
       report.reason = sources.status().text() + "; " + known.fix;

@@ -90,7 +90,9 @@ struct FabricDevice {
 
   static Result<std::shared_ptr<FabricDevice>> open(const std::string& provider,
                                                     const std::string& interface);
-  Result<MrHandle> register_bytes(void* data, size_t num_bytes, uint64_t access) const;
+  Result<MrHandle> register_bytes(void* data, size_t num_bytes, uint64_t access,
+                                  DmaBuf dmabuf = {}) const;
+  bool takes_device_memory() const { return (info->caps & FI_HMEM) != 0; }
   bool wants(int mode_bit) const { return (info->domain_attr->mr_mode & mode_bit) != 0; }
 };
 

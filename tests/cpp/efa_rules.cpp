@@ -324,9 +324,11 @@ struct Fabric {
   fid_fabric* inner = nullptr;
 };
 
-int open_domain(fid_fabric* handle, fi_info*, fid_domain** out, void* context) {
+int open_domain(fid_fabric* handle, fi_info* info, fid_domain** out, void* context) {
   auto* fabric = reinterpret_cast<Fabric*>(handle);
   auto domain = std::make_unique<Domain>();
+  domain->device_memory =
+      (info->caps & FI_HMEM) != 0 && (info->domain_attr->mr_mode & FI_MR_HMEM) != 0;
   const int rc = fi_domain(fabric->inner, real().info, &domain->inner, context);
   if (rc != 0) return rc;
   static fi_ops ops{
@@ -339,8 +341,7 @@ int open_domain(fid_fabric* handle, fi_info*, fid_domain** out, void* context) {
   domain_ops.endpoint = open_endpoint;
   domain_ops.cntr_open = refused<"fi_cntr_open">;
   domain_ops.query_atomic = refused<"fi_query_atomic">;
-  static fi_ops_mr mr_ops{sizeof mr_ops, register_bytes, refused<"fi_mr_regv">,
-                          refused<"fi_mr_regattr">};
+  static fi_ops_mr mr_ops{sizeof mr_ops, register_bytes, refused<"fi_mr_regv">, register_attr};
   domain->outer.fid = {FI_CLASS_DOMAIN, context, &ops};
   domain->outer.ops = &domain_ops;
   domain->outer.mr = &mr_ops;
@@ -357,6 +358,8 @@ int close_fabric(fid* handle) {
 
 // --- fi_getinfo ----------------------------------------------------------------------------------
 
+constexpr char kNoDeviceMemory[] = "a GPU's memory";  // may be asked for
+
 // Why EFA has nothing for these hints; empty: it has.
 std::string missing(const fi_info* hints) {
   if (!hints || !hints->fabric_attr || !hints->fabric_attr->prov_name ||
@@ -364,6 +367,7 @@ std::string missing(const fi_info* hints) {
     return "another provider";
   const fi_domain_attr& domain = *hints->domain_attr;
   if (hints->caps & ~kCaps) return "a capability";
+  if ((hints->caps & FI_HMEM) && !takes_device_memory()) return kNoDeviceMemory;
   if (!(hints->mode & FI_CONTEXT2)) return "mode without FI_CONTEXT2";
   if ((static_cast<uint64_t>(domain.mr_mode) & kMrMode) != kMrMode) return "an mr_mode";
   if (hints->ep_attr->type != FI_EP_RDM) return "an endpoint that is not FI_EP_RDM";
@@ -401,10 +405,11 @@ void replace(char*& text, const std::string& with) {
   text = strdup(with.c_str());
 }
 
-fi_info* describe(const std::string& nic) {
+fi_info* describe(const std::string& nic, const fi_info* hints) {
   fi_info* info = real().dup_info(real().info);
   info->caps = FI_MSG | FI_RMA | FI_SEND | FI_RECV | FI_READ | FI_WRITE | FI_REMOTE_READ |
                FI_REMOTE_WRITE | FI_SOURCE | FI_LOCAL_COMM | FI_REMOTE_COMM;
+  info->caps |= hints->caps & FI_HMEM;
   info->mode = info->tx_attr->mode = info->rx_attr->mode = FI_CONTEXT2;
   info->addr_format = FI_ADDR_EFA;
   free(info->src_addr);
@@ -416,7 +421,8 @@ fi_info* describe(const std::string& nic) {
   info->tx_attr->iov_limit = info->rx_attr->iov_limit = info->tx_attr->rma_iov_limit = 1;
   info->ep_attr->max_msg_size = kMaxWriteBytes;
   info->ep_attr->max_order_raw_size = info->ep_attr->max_order_waw_size = 0;
-  info->domain_attr->mr_mode = static_cast<int>(kMrMode);
+  info->domain_attr->mr_mode =
+      static_cast<int>(kMrMode) | (hints->domain_attr->mr_mode & FI_MR_HMEM);
   info->domain_attr->mr_key_size = sizeof(uint64_t);
   info->domain_attr->cq_data_size = sizeof(uint32_t);
   replace(info->domain_attr->name, nic + "-rdm");
@@ -432,7 +438,7 @@ fi_info* describe(const std::string& nic) {
 extern "C" {
 int fi_getinfo(uint32_t, const char*, const char*, uint64_t, const fi_info* hints, fi_info** out) {
   if (const std::string what = missing(hints); !what.empty()) {
-    if (what != "another provider")
+    if (what != "another provider" && what != kNoDeviceMemory)
       std::fprintf(stderr, "efa_rules: fi_getinfo asks for what EFA has not: %s\n", what.c_str());
     return -FI_ENODATA;
   }
@@ -443,7 +449,7 @@ int fi_getinfo(uint32_t, const char*, const char*, uint64_t, const fi_info* hint
   *out = nullptr;
   for (size_t at = 0; at < names.size();) {
     const size_t end = std::min(names.find(',', at), names.size());
-    *tail = describe(names.substr(at, end - at));
+    *tail = describe(names.substr(at, end - at), hints);
     tail = &(*tail)->next;
     at = end + 1;
   }

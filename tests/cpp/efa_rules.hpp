@@ -92,6 +92,9 @@ inline Real& real() {
   return library;
 }
 
+// Whether NIC and libfabric reach a GPU's memory.
+inline bool takes_device_memory() { return getenv("EFA_RULES_HMEM") != nullptr; }
+
 inline std::mt19937_64& dice() {
   static std::mt19937_64 generator = [] {
     const char* seed = getenv("EFA_RULES_SEED");
@@ -121,6 +124,7 @@ struct Region {
 struct Domain {
   fid_domain outer{};
   fid_domain* inner = nullptr;
+  bool device_memory = false;
   std::mutex mutex;  // regions are released on any thread
   std::set<const Region*> regions;
 
@@ -147,11 +151,21 @@ inline int close_region(fid* handle) {
   return rc;
 }
 
-inline int register_bytes(fid* handle, const void* data, size_t num_bytes, uint64_t access,
-                          uint64_t offset, uint64_t, uint64_t flags, fid_mr** out, void* context) {
-  auto* domain = reinterpret_cast<Domain*>(handle);
-  expect(offset == 0 && flags == 0, "fi_mr_reg: offset and flags are 0");
-  expect(num_bytes > 0, "fi_mr_reg of 0 bytes");
+// Memory that tests/kernels/pretended_driver.cpp made: a GPU's.
+inline bool is_of_device(uint64_t address) {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {
+    unsigned long long first = 0, end = 0;
+    if (std::sscanf(line.c_str(), "%llx-%llx", &first, &end) == 2 && first <= address &&
+        address < end)
+      return line.find("moe_comm:pretended") != std::string::npos;
+  }
+  return false;
+}
+
+inline int register_any(Domain* domain, const void* data, size_t num_bytes, uint64_t access,
+                        fid_mr** out, void* context) {
+  expect(num_bytes > 0, "a region of 0 bytes");
   auto region = std::make_unique<Region>();
   const auto base = reinterpret_cast<uint64_t>(data);
   uint64_t key = 0;
@@ -178,6 +192,25 @@ inline int register_bytes(fid* handle, const void* data, size_t num_bytes, uint6
   domain->regions.insert(region.get());
   *out = &region.release()->outer;
   return 0;
+}
+
+inline int register_bytes(fid* handle, const void* data, size_t num_bytes, uint64_t access,
+                          uint64_t offset, uint64_t, uint64_t flags, fid_mr** out, void* context) {
+  expect(offset == 0 && flags == 0, "fi_mr_reg: offset and flags are 0");
+  expect(!is_of_device(reinterpret_cast<uint64_t>(data)), "fi_mr_reg of a GPU's memory");
+  return register_any(reinterpret_cast<Domain*>(handle), data, num_bytes, access, out, context);
+}
+
+// Of a GPU's memory, where that was asked for.
+inline int register_attr(fid* handle, const fi_mr_attr* attr, uint64_t flags, fid_mr** out) {
+  auto* domain = reinterpret_cast<Domain*>(handle);
+  expect(domain->device_memory,
+         "fi_mr_regattr without FI_HMEM and FI_MR_HMEM in the domain's info");
+  expect(attr->iov_count == 1 && attr->offset == 0 && flags == 0, "fi_mr_regattr: one range");
+  expect(attr->iface == FI_HMEM_CUDA && attr->device.cuda == 0, "fi_mr_regattr of CUDA device 0");
+  const iovec& bytes = *attr->mr_iov;
+  expect(is_of_device(reinterpret_cast<uint64_t>(bytes.iov_base)), "fi_mr_regattr of the host's");
+  return register_any(domain, bytes.iov_base, bytes.iov_len, attr->access, out, attr->context);
 }
 
 // --- addresses -----------------------------------------------------------------------------------

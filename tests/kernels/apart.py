@@ -43,9 +43,9 @@ class OnHost(window_memory.CudaMemory):
 
     @contextlib.contextmanager
     def exported(self):
-        with super().exported() as (dmabuf, offset):
-            assert dmabuf >= 0 and offset == 0
-            yield -1, 0
+        with super().exported() as (dmabuf, offset, device):
+            assert dmabuf >= 0 and offset == device == 0
+            yield -1, 0, 0
 
 
 def use_driver(path) -> Driver:

@@ -62,9 +62,11 @@ def two_calls(buffer, rank, num_ranks):
 # --- exchanges -----------------------------------------------------------------------------------
 
 
-def _apart(rank, group, libraries, options, by_network):
-    """`by_network`: the network reaches the device's memory."""
-    driver = start(libraries, apart.OnHost if by_network else window_memory.CudaMemory)
+def _apart(rank, group, libraries, options, by_network, kind=None):
+    """`by_network`: the network reaches the device's memory; None: as what it is."""
+    if kind is not None and by_network:
+        os.environ["EFA_RULES_HMEM"] = "1"  # what libfabric is made for
+    driver = start(libraries, kind or (apart.OnHost if by_network else window_memory.CudaMemory))
     asked = "device" if by_network else "auto"
     buffer = moe_comm.Buffer(group, device="cpu", windows=asked, **options, **SIZES)
     assert buffer.windows == ("device" if by_network else "device in a node")
@@ -108,6 +110,15 @@ def test_windows_lie_in_a_devices_memory_and_nothing_of_it_is_left(
     """Of all windows; or, as the transport takes no dmabuf, of those of a node."""
     options = {"hops": hops, "ranks_per_node": nodes, "transport": "shm"}
     assert len(set(run_ranks(_apart, num_ranks, libraries, options, by_network))) == 1
+
+
+@pytest.mark.parametrize("takes", [True, False])
+@pytest.mark.parametrize("hops", ["node", "rank"])
+def test_windows_of_an_efa_nic(run_ranks, libraries, efa_rules, monkeypatch, hops, takes):
+    """libfabric takes a GPU's memory where it has FI_HMEM; else windows of the network lie in host memory."""
+    monkeypatch.setenv("MOE_COMM_LIBFABRIC", efa_rules)
+    options = {"hops": hops, "ranks_per_node": 2, "transport": "fabric:efa"}
+    run_ranks(_apart, 4, libraries, options, takes, window_memory.CudaMemory)
 
 
 def _peers_close_first(rank, group, libraries):
@@ -261,8 +272,8 @@ def test_memory_of_a_device_is_zeroed_whole_and_freed(driver):
     made = window_memory.CudaMemory(DEVICE, 5 << 20, linked=True)
     assert made.num_bytes == 6 << 20 and made.spans == [(made.address, 6 << 20)]
     assert made.read(made.address, 8192) == bytes(8192)
-    with made.exported() as (dmabuf, offset):
-        assert offset == 0 and os.fstat(dmabuf).st_size == 6 << 20
+    with made.exported() as (dmabuf, offset, device):
+        assert offset == device == 0 and os.fstat(dmabuf).st_size == 6 << 20
     with pytest.raises(OSError):
         os.fstat(dmabuf)  # who took it keeps it
     assert driver.pretend_allocated() == 1
