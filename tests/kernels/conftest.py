@@ -18,6 +18,10 @@ sys.path.append(
 
 ON_A_GPU = {"transport": "shm", "first": 2, "seed": 1}
 """Of ranks that share a GPU one of each kind, as starting them takes seconds; host threads have them all."""
+ONE_LAYOUT = {
+    "test_kernel_rounds": {"layout": "expert"},
+    "test_kernel_masks": {"layout": "padded"},
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -25,7 +29,7 @@ def pytest_collection_modifyitems(items):
         params = getattr(item, "callspec", None) and item.callspec.params
         if not params or item.path.parent != HERE or not item.get_closest_marker("gpu"):
             return True
-        kept = ON_A_GPU | ({"layout": "expert"} if "rounds" in item.path.name else {})
+        kept = ON_A_GPU | ONE_LAYOUT.get(item.path.stem, {})
         return all(params.get(name, value) == value for name, value in kept.items())
 
     items[:] = filter(is_run, items)
