@@ -256,9 +256,9 @@ void bind_exchange(py::module_& m) {
           s.mask_lost = shape["mask_lost"].cast<bool>();
           WindowOffsets o;
           const auto at = [&](const char* name) { return offsets[name].cast<uint64_t>(); };
-          o = {at("beats"), at("commits"), at("releases"),  at("sents"),
-               at("masks"), at("slots"),   at("far_slots"), at("links"),
-               at("sends"), at("stride"),  at("segment")};
+          o = {at("beats"), at("commits"), at("releases"), at("sents"),
+               at("masks"), at("told"),    at("slots"),    at("far_slots"),
+               at("links"), at("sends"),   at("stride"),   at("segment")};
           const auto& [address, num_bytes, dmabuf, offset, device, linked] = windows;
           const WindowMemory memory{
               {reinterpret_cast<std::byte*>(address), num_bytes}, {dmabuf, offset, device}, linked};

@@ -352,6 +352,18 @@ Counter& Exchange::mask_word(uint32_t rank) const {
   return reinterpret_cast<Counter*>(base_ + offsets_.masks)[rank];
 }
 
+Counter& Exchange::masked_by(uint32_t rank) const {
+  if (peers_[rank].base)
+    return reinterpret_cast<Counter*>(peers_[rank].base + offsets_.masks)[shape_.rank];
+  return reinterpret_cast<Counter*>(base_ + offsets_.told)[rank];
+}
+
+void Exchange::tell_masked(uint32_t rank) {
+  if (!links_[rank].present) return;
+  engine_.proxy().write_word(links_[rank].release_channel, offsets_.masks + 8ull * rank,
+                             offsets_.told + 8ull * shape_.rank);
+}
+
 Counter& Exchange::beat_word(std::byte* base) const {
   return *reinterpret_cast<Counter*>(base + kBeatAt);
 }
@@ -387,6 +399,7 @@ void Exchange::mask(uint32_t rank) {
   shape_.absent[rank] = true;
   lane_of_rank_[rank] = -1;
   word_at(mask_word(rank)).store(1, std::memory_order_release);
+  engine_.proxy().run([&] { tell_masked(rank); });
 }
 
 // With hops="rank" pairs are independent of each other: one that fails need not end the others.
@@ -496,6 +509,10 @@ Status Exchange::look_at_peer(const Waited& waited, Seen& seen, Clock::time_poin
   if (peer.base && rank != shape_.rank && peer.process.ended()) {
     blame(rank);
     return {Code::kPeerLost, describe(waited, waited_s) + ": the process of " + who + " ended"};
+  }
+  if (rank != shape_.rank && word_at(masked_by(rank)).load(std::memory_order_acquire) != 0) {
+    blame(rank);
+    return {Code::kPeerLost, describe(waited, waited_s) + ": it goes on without this rank"};
   }
   const Timeouts& limits = waited.call->timeouts;
   if (seconds_since(seen.at) > limits.silent_s + waited.extra_s) {

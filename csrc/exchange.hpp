@@ -43,7 +43,7 @@ bool is_sealed(const Header& header, std::span<const std::byte> counts);
 // The same on every rank. Made by moe_comm/layout.py, which explains them.
 struct WindowOffsets {
   // Into the segment: control words; the doorbell and own beat lie at 0 and 64.
-  uint64_t beats = 0, commits = 0, releases = 0, sents = 0, masks = 0;
+  uint64_t beats = 0, commits = 0, releases = 0, sents = 0, masks = 0, told = 0;
   // Into the segment, or memory of their own: windows that ranks of the node write; and those that
   // the network writes or reads.
   uint64_t slots = 0;
@@ -303,6 +303,9 @@ class Exchange {
   Counter& release_word(std::byte* base, uint64_t epoch, uint32_t rank) const;
   Counter& sent_word(uint64_t epoch, uint32_t rank);
   Counter& mask_word(uint32_t rank) const;  // for kernels, whose waits set it, too
+  // Not 0: that rank masked this one. A rank of the node says it in its own mask word.
+  Counter& masked_by(uint32_t rank) const;
+  void tell_masked(uint32_t rank);  // in a turn of the proxy
   Counter& beat_word(std::byte* base) const;
   uint64_t beat_of(uint32_t rank) const;
   uint64_t blamed_by(uint32_t rank) const;

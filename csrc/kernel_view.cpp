@@ -121,6 +121,7 @@ Result<KernelView> Exchange::open_view() {
     source.peer = link ? links_[r].engine_peer : ~0u;
     source.beat = link ? reinterpret_cast<Counter*>(base_ + offsets_.beats + 16ull * r)
                        : &beat_word(peers_[r].base);
+    source.without_us = &masked_by(r);
     source.process = link ? nullptr : &peers_[r].process;
     return source;
   };
@@ -177,6 +178,7 @@ Result<KernelView> Exchange::open_view() {
       Wait named = wait;
       named.timed = timed;
       named.masks = view.masks;
+      named.masked = [this](uint32_t rank) { tell_masked(rank); };
       named.what = kind == kDispatch ? "dispatch" : "combine";
       named.failed = [this](const Status& status, uint64_t blamed) { fail_here(status, blamed); };
       auto opened = engine_.proxy().open_wait(std::move(named));

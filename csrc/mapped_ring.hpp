@@ -48,6 +48,7 @@ struct WaitSource {
   uint32_t rank = ~0u;            // to be blamed; ~0: nobody
   uint32_t time_idx = ~0u;        // of MappedRing::times, where its wait is timed
   double extra_s = 0;             // it is waited for so much longer
+  Counter* without_us = nullptr;  // not 0: that rank masked this one
   std::string lacks{};            // as Wait::lacks, of this one
 };
 struct Wait {
@@ -60,6 +61,7 @@ struct Wait {
   // [ranks], or null: one that cannot be waited for is masked here, and the wait goes on without
   // it. Not 0: masked, by any wait or by the host.
   Counter* masks = nullptr;
+  std::function<void(uint32_t)> masked{};  // told, in a turn, whom this wait masked
   // Told, in a turn, why one failed, and MappedRing::blamed.
   std::function<void(const Status&, uint64_t)> failed{};
 };

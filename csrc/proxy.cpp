@@ -380,6 +380,18 @@ void Proxy::write_beats(const std::shared_ptr<Operation>& operation) {
   }
 }
 
+void Proxy::write_word(uint32_t channel, uint64_t local_offset, uint64_t remote_offset) {
+  const Channel& to = channels_[channel].channel;
+  Write write;
+  write.peer = to.peer;
+  write.local = to.local;
+  write.local_offset = local_offset;
+  write.num_bytes = 8;
+  write.remote = &to.remote;
+  write.remote_offset = remote_offset;
+  enqueue(std::move(write));
+}
+
 // Others take the turns, or did a moment ago: a short nap, from which only work wakes.
 void Proxy::step_aside() {
   if (!has_work(std::unique_lock(turn_mutex_))) {

@@ -124,6 +124,9 @@ class Proxy {
   // The channel number that an Arm names; the words of its sources outlive it.
   Result<uint32_t> open_wait(Wait wait);
   // ---
+  // In a turn: the 8 bytes at `local_offset` of a channel's local region, once, whatever comes of
+  // it.
+  void write_word(uint32_t channel, uint64_t local_offset, uint64_t remote_offset);
   uint64_t add_heartbeat(Heartbeat heartbeat);
   void remove_heartbeat(uint64_t id);
   // Writes every heartbeat to its targets at once: a state changed. Null if there is none.

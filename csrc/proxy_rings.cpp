@@ -186,6 +186,7 @@ std::optional<WaitStatus> Proxy::look_at(MappedRing& ring, MappedRing::Armed& ar
     const ChannelState& state = channels_[armed.arm.channel];
     if (!state.wait || state.wait->masks == nullptr || armed.missing == ~0u) return status;
     word_at(state.wait->masks[armed.missing]).store(1, std::memory_order_release);
+    if (state.wait->masked) state.wait->masked(armed.missing);
     armed.blamed = 0;
     why = {};
   }
@@ -281,6 +282,8 @@ std::string Proxy::why_lost(const WaitSource& source, MappedRing::Armed& armed,
                     : "it gave up after a fault of its own";
     }
   }
+  if (source.without_us && word_at(*source.without_us).load(std::memory_order_acquire) != 0)
+    return "it goes on without this rank";
   if (cut) return "the connection ended: " + peers_[source.peer].lost.status().text();
   if (source.process && now - armed.watched_at >= std::chrono::duration<double>(kLookOver)) {
     armed.watched_at = now;

@@ -67,7 +67,7 @@ class Buffer:
             is one round, too.
         mask_lost: a rank that is lost or late is masked and the call goes on without it: it has no tokens, tokens for
             its experts are dropped, what it owed is left out of sums. Each rank masks for itself; a rank that others
-            masked will not hear from them. Needs hops="rank" and max_tokens that fit one round.
+            masked is told, and masks them in its next call. Needs hops="rank" and max_tokens that fit one round.
         device: "cuda": calls take tensors of that GPU alone, and kernels read and write the windows
             (kernel_exchange.py). With max_tokens that fit one round nothing waits for the host, but
             where exact sizes are asked for; else calls take as many rounds as they need, and ask in each. None (or

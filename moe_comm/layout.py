@@ -192,7 +192,8 @@ class WindowLayout:
         releases = _up(commits + 8 * 2 * (R + N), _ALIGN)
         sents = _up(releases + 8 * 2 * R, _ALIGN)
         masks = _up(sents + 8 * 2 * R, _ALIGN)
-        control = _up(masks + 8 * R, 4096)
+        told = _up(masks + 8 * R, _ALIGN)
+        control = _up(told + 8 * R, 4096)
         slots = 0 if apart else control
         near_end = slots + 2 * (R if by_node else G) * self.stride
         far_slots = control if apart == "near" else near_end
@@ -200,7 +201,7 @@ class WindowLayout:
         sends = links + 2 * (N - 1 if by_node else 0) * self.stride
         end = sends + 2 * (N - 1 if by_node else R - G) * self.stride
         return {
-            "beats": beats, "commits": commits, "releases": releases, "sents": sents, "masks": masks,
+            "beats": beats, "commits": commits, "releases": releases, "sents": sents, "masks": masks, "told": told,
             "slots": slots, "far_slots": far_slots, "links": links, "sends": sends, "stride": self.stride,
             "segment": control if apart == "all" else end, "apart": {"": 0, "near": near_end, "all": end}[apart],
         }  # fmt: skip

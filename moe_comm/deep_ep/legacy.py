@@ -439,8 +439,8 @@ class Buffer:
         self._check_low_latency()
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """mask=True: low-latency calls go on without `rank_to_mask`, which is not told and will wait for this rank in
-        vain. Local. mask=False: for a rank that is not masked, nothing.
+        """mask=True: low-latency calls go on without `rank_to_mask`, which is told and will mask this rank in its next
+        call. Local. mask=False: for a rank that is not masked, nothing.
 
         Raises: ArgumentError without enable_shrink; for this rank itself; for mask=False if the rank is masked: it
         missed exchanges, so a change on one rank cannot take it back (`low_latency_clean_mask_buffer` can).

@@ -279,6 +279,29 @@ def test_what_is_stuck_on_its_way_to_a_masked_rank(run_ranks):
     run_ranks(_stuck, 3, may_die=[1])
 
 
+def _told(rank, group, ranks_per_node):
+    """Who is masked learns it in its next call, long before its time is up."""
+    buffer = _buffer(group, ranks_per_node, timeout_s=600.0)
+    _check(buffer, rank, (), "rank")
+    group.gather(None)
+    if rank == 1:
+        case = _case()
+        for _ in range(2):  # what was on its way may still come
+            got = dispatch(buffer, case, rank)
+        assert buffer.alive() == (False, True, False, False)
+        check_dispatched(got, expected(_without(case, (0, 2, 3))), rank)
+    else:
+        buffer.mask(1)
+        _check(buffer, rank, (1,), "rank")
+    group.gather(None)
+    buffer.close()
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 4])
+def test_who_is_masked_is_told(run_ranks, ranks_per_node):
+    run_ranks(_told, 4, ranks_per_node)
+
+
 def _one_sided(rank, group):
     """Ranks that do without different ranks agree on what a handle belongs to."""
     buffer = _buffer(group, 2)

@@ -172,7 +172,7 @@ def test_regions_never_overlap(layout):
     far = 0 if layout.hops == "node" else R - layout.node_ranks
     control = [
         ("beats", 16 * R), ("commits", 8 * 2 * (R + N)), ("releases", 8 * 2 * R), ("sents", 8 * 2 * R),
-        ("masks", 8 * R),
+        ("masks", 8 * R), ("told", 8 * R),
     ]  # fmt: skip
     near = [("slots", 2 * (R - far) * layout.stride)]
     by_network = [
