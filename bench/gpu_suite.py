@@ -38,6 +38,7 @@ GPU_TESTS = (
     "tests/kernels/test_device_ring.py",
     "tests/kernels/test_kernel_buffer.py",
     "tests/kernels/test_kernel_rounds.py",
+    "tests/kernels/test_kernel_masks.py",
     "tests/kernels/test_window_memory.py",
     "tests/unit/test_doctor.py",
     "tests/ep/test_staging.py",
