@@ -379,8 +379,9 @@ class Exchange:
         windows: tuple[int, int, int, int, int, bool],
         owner: object,
     ) -> None:
-        """`windows`: address and bytes of memory of their own (0, 0: in the segment), a dmabuf of it (-1: none) and its
-        offset, and whether the network is to reach it. `owner` is kept until they are not used any more."""
+        """`windows`: address and bytes of memory of their own (0, 0: in the segment), a dmabuf of it (-1: none), its
+        offset and the device's number, and whether the network is to reach it. `owner` is kept until they are not used
+        any more."""
 
     @property
     def segment(self) -> _SegmentName: ...

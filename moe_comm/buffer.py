@@ -69,9 +69,9 @@ class Buffer:
             its experts are dropped, what it owed is left out of sums. Each rank masks for itself; a rank that others
             masked is told, and masks them in its next call. Needs hops="rank" and max_tokens that fit one round.
         device: "cuda": calls take tensors of that GPU alone, and kernels read and write the windows
-            (kernel_exchange.py). With max_tokens that fit one round nothing waits for the host, but
-            where exact sizes are asked for; else calls take as many rounds as they need, and ask in each. None (or
-            MOE_COMM_DEVICE): CPU tensors, and CUDA tensors by copies (staging.py).
+            (kernel_exchange.py). With max_tokens that fit one round nothing waits for the host, but where exact sizes
+            are asked for; else calls take as many rounds as they need, and ask in each. None (or MOE_COMM_DEVICE): CPU
+            tensors, and CUDA tensors by copies (staging.py).
         num_sms: with a device, how many SMs a call's kernels take at most, but for a few small ones that number rows;
             0: all (MOE_COMM_NUM_SMS). Each rank for itself; the attribute of this name may be set between calls.
         windows: with a device, where they lie: "device", "host", or "auto", which is "device" if every rank can

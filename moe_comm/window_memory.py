@@ -5,6 +5,7 @@
                ─dmabuf─→ its own NIC ←───────────────── writes
 
 libfabric (EFA) is told the device, FI_HMEM, and asks for the dmabuf itself.
+
 Device memory is where rows are read fastest; host memory ("host-staged", pinned and mapped) is what every GPU and every
 transport reach. Control words stay in the segment, in host memory: what a host must write and a GPU must see.
 

@@ -6,8 +6,8 @@ for topk_idx, nor with a handle). Rows are ordered by (source rank, source token
 are those of `moe_comm.Buffer.combine`: a rank's copies by expert, the ranks of a node, the nodes.
 
 num_sms_dispatch_api and num_sms_combine_api bound the SMs of calls by kernels (None: all); numbers of blocks, kernel
-caches, fused forms and host metadata are kept and do nothing; windows serve calls of
-any size in rounds, so nothing has to grow. Any dtype; any hidden size of a multiple of 16 bytes.
+caches, fused forms and host metadata are kept and do nothing; windows serve calls of any size in rounds, so nothing has
+to grow. Any dtype; any hidden size of a multiple of 16 bytes.
 
 CUDA tensors are staged through the host (staging.py); the tensors of a handle stay there. With MOE_COMM_DEVICE=cuda
 calls are kernels instead (kernel_rounds.py), and all tensors are on the GPU; the host asks for counts in any case.

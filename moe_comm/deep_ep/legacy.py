@@ -3,10 +3,10 @@
 Made of `moe_comm.Buffer`s: one for normal mode and, in low-latency mode, one with hops="rank" (low_latency.py). Both
 may be used in any order; nothing has to be cleaned in between.
 
-- Config and set_num_sms bound the SMs that kernels of normal mode take (0: all; by copies it is without effect), and
-  tune nothing else. num_nvl_bytes, num_rdma_bytes and num_qps_per_rank are kept for clients that compare them: normal
-  mode's windows are sized by MOE_COMM_WINDOW_BYTES, and a call of any size runs in rounds;
-  low-latency windows are as large as M, H, K and E ask.
+- Config and set_num_sms bound the SMs that kernels of normal mode take (0: all; MOE_COMM_NUM_SMS is that of low-latency
+  calls; by copies it is without effect), and tune nothing else. num_nvl_bytes, num_rdma_bytes and num_qps_per_rank are
+  kept for clients that compare them: normal mode's windows are sized by MOE_COMM_WINDOW_BYTES, and a call of any size
+  runs in rounds; low-latency windows are as large as M, H, K and E ask.
 - Any number of ranks, ranks per node, experts and top-k; any hidden size of a multiple of 16 bytes; bfloat16, float16,
   float32 and float64 where DeepEP takes bfloat16. The last ranks own fewer experts if R does not divide E.
 - Where DeepEP asserts, traps or hangs, this raises ArgumentError (a ValueError and a RuntimeError). The other ranks of

@@ -119,6 +119,7 @@ def test_of_deep_ep(launched, monkeypatch):
             if rank == 0:
                 found[name] = most(launched)[0]
 
+        passed = []
         group.gather(None)
         launched.clear()
         step("default", lambda: normal(None))
@@ -142,10 +143,25 @@ def test_of_deep_ep(launched, monkeypatch):
         step("elastic, 10", lambda: expanded(10, 0))
         step("elastic, 10 and 12", lambda: expanded(10, 12))
         elastic.destroy()
+        with pytest.raises(
+            ArgumentError, match="num_sms_combine_api: expected an int >= 0 or None"
+        ):
+            deep_ep.HybridEPBuffer(group, 64, 8, 4, num_sms_combine_api=-1)
+        hybrid = deep_ep.HybridEPBuffer(
+            group, 64, 8, 4, num_sms_dispatch_api=7, num_sms_combine_api=9
+        )
+        group.gather(None)
+        launched.clear()
+        step(
+            "hybrid, dispatch",
+            lambda: passed.append(hybrid.dispatch(x, topk_idx=idx, num_of_experts=8)),
+        )
+        handle = passed[-1]
+        step("hybrid, combine", lambda: hybrid.combine(handle[0], handle=handle[3]))
 
     on_threads(body)
     everything = fused.default_blocks(torch.device("cpu"))
     assert found == {
         "default": 20, "config": 2, "set": 6, "low-latency": everything, "elastic": 24, "elastic, 10": 10,
-        "elastic, 10 and 12": 12,
+        "elastic, 10 and 12": 12, "hybrid, dispatch": 7, "hybrid, combine": 9,
     }  # fmt: skip
